@@ -1,0 +1,14 @@
+#include "cpu/simd/avx2.h"
+
+#include "cpu/gemm/stream.h"
+#include "cpu/gemm/tile.h"
+#include "cpu/rows.h"
+
+namespace moekern::cpu {
+
+constexpr int MR = 6, NV = 2;
+
+extern const GemmIsa k_avx2;
+constexpr GemmIsa k_avx2 = {&kRowOps, MR, NV * W, pack<NV>, tile<MR, NV>, W, kStreamRows, stream, permute, reduce};
+
+}  // namespace moekern::cpu

@@ -1,0 +1,77 @@
+#include "cpu/gemm/operands.h"
+
+#include <cmath>
+
+#include "moekern/float_formats.h"
+#include "cpu/parallel.h"
+
+namespace moekern::cpu {
+
+float element(const Matrix& m, int64_t row, int64_t col) {
+  const char* at = m.at(row, col);
+  switch (m.dtype) {
+    case Dtype::f32: return *reinterpret_cast<const float*>(at);
+    case Dtype::f16: return f16_to_f32(*reinterpret_cast<const uint16_t*>(at));
+    case Dtype::bf16: return bf16_to_f32(*reinterpret_cast<const uint16_t*>(at));
+    case Dtype::ue8m0: return ue8m0_to_f32(static_cast<uint8_t>(*at));
+    default: return fp8_to_f32(m.dtype, static_cast<uint8_t>(*at));
+  }
+}
+
+float scale_of(const ScaleGrid& grid, int64_t row, int64_t col) {
+  return grid.values ? element(grid.values, row / grid.block_rows, col / grid.block_cols) : 1.f;
+}
+
+int exponent_of(float amax) {
+  return static_cast<int>(float_bits(amax) >> 23 & 255) - 127;
+}
+
+float power_of_two(int exponent) { return std::ldexp(1.f, exponent); }
+
+int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t k_padded, float* dst) {
+  const int64_t k = p.k();
+  if (p.a.col_stride == 1) {
+    rows.load(p.a.dtype, p.a.at(i, 0), k, dst);
+  } else {
+    for (int64_t j = 0; j < k; ++j) dst[j] = element(p.a, i, j);
+  }
+  if (p.sa.values) {
+    for (int64_t j = 0; j < k; j += p.sa.block_cols) {
+      const int64_t n = k - j < p.sa.block_cols ? k - j : p.sa.block_cols;
+      rows.scale(dst + j, scale_of(p.sa, i, j), n, dst + j);
+    }
+  }
+  const int e = exponent_of(rows.amax(dst, k));
+  // 120 - e reaches 247, beyond f32's largest power: two factors.
+  const int first = 120 - e > 120 ? 120 : 120 - e, second = 120 - e - first;
+  rows.scale(dst, power_of_two(first), k, dst);
+  if (second) rows.scale(dst, power_of_two(second), k, dst);
+  for (int64_t j = k; j < k_padded; ++j) dst[j] = 0.f;
+  return e;
+}
+
+int result_exponent(Dtype weights, int row_exponent) { return row_exponent - 120 + 127 - layout_of(weights).bias; }
+
+void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent) {
+  if (exponent > 127) {
+    rows.scale(sums, power_of_two(exponent - 127), n, sums);
+    exponent = 127;
+  }
+  rows.scale(sums, power_of_two(exponent), n, sums);
+  const auto add_row = [&](const Matrix& m, int64_t row) {
+    if (!m) return;
+    float* values = scratch_of<float>(Slot::row, n);
+    if (m.col_stride == 1) {
+      rows.load(m.dtype, m.at(row, j0), n, values);
+    } else {
+      for (int64_t j = 0; j < n; ++j) values[j] = element(m, row, j0 + j);
+    }
+    for (int64_t j = 0; j < n; ++j) sums[j] += values[j];
+  };
+  add_row(p.bias, 0);
+  add_row(p.c, i);
+  if (p.out.col_stride == 1) return rows.store(p.out.dtype, sums, n, p.out.at(i, j0));
+  for (int64_t j = 0; j < n; ++j) rows.store(p.out.dtype, sums + j, 1, p.out.at(i, j0 + j));
+}
+
+}  // namespace moekern::cpu

@@ -1,0 +1,32 @@
+// What both GEMM drivers need of their operands: activations as normalised f32 rows, scales, and
+// the epilogue.
+#pragma once
+#include <cstdint>
+
+#include "cpu/gemm/ukernel.h"
+#include "moekern/kernel.h"
+
+namespace moekern::cpu {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+float element(const Matrix& m, int64_t row, int64_t col);   // any dtype, as f32
+float scale_of(const ScaleGrid& grid, int64_t row, int64_t col);  // of the element's block; 1 without a grid
+
+// The exponent of the largest magnitude, floor(log2 |x|), within [-127, 128].
+int exponent_of(float amax);
+float power_of_two(int exponent);
+
+// dst[0 .. k) = row i of a . sa, times 2^(120 - e) where e, returned, is the exponent of its largest
+// magnitude. A power of two loses nothing; it brings the decoder's 2^-120 (gemm/decode.h) and
+// activations of any size to the middle of f32's range. The pad up to k_padded is zero.
+int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t k_padded, float* dst);
+
+// The exponent that undoes `normalised_row` and the decoder's 2^-(127 - bias).
+int result_exponent(Dtype weights, int row_exponent);
+
+// out[i, j0 .. j0 + n) = cast(c + bias + sums * 2^exponent), sums overwritten.
+void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent);
+
+}  // namespace moekern::cpu

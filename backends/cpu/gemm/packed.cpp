@@ -1,0 +1,143 @@
+// The packed GEMM: loops, blocks, threads. What is ISA-dependent is behind GemmIsa (gemm/tile.h).
+//
+//   for each chunk of activation rows              A normalised to f32 once, shared by the threads
+//     parallel over (row block, column block)      C of the task stays in the thread's L2
+//       for each 128 of k                          one scale block: C += scale * (A x strip)
+//         for each strip of nr weight rows         decoded to f32, k-major, in L1
+//           for each tile of mr activation rows
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/gemm/driver.h"
+#include "cpu/gemm/operands.h"
+#include "moekern/float_formats.h"
+#include "cpu/parallel.h"
+
+namespace moekern::cpu {
+namespace {
+
+// A task's block of A (256 x 128 f32 = 128 KiB) and of C (256 x 128 f32) fill half of a 512 KiB L2;
+// 256 rows make the decoding of a strip (about 2 cycles per 8 weights) 1.5% of its 128 cycles of FMA.
+constexpr int64_t kTaskRows = 256, kTaskCols = 128;
+constexpr int64_t kSharedBytesPerThread = 8 << 20;
+constexpr int kMaxStrip = 64;
+
+// A normalised, block-major: [k_blocks][rows][128], so that a tile's rows are 512 bytes apart.
+struct Activations {
+  float* values;
+  int* exponents;
+  int64_t first, rows, k_blocks;
+  const float* at(int64_t kb, int64_t row) const { return values + (kb * rows + row) * kBlock; }
+};
+
+void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {
+  constexpr int64_t kRowsPerTask = 4;
+  parallel_for(p.threads, ceil_div(a.rows, kRowsPerTask), [&](int64_t task) {
+    float* row = scratch_of<float>(Slot::own_a, a.k_blocks * kBlock);
+    for (int64_t i = task * kRowsPerTask; i < std::min((task + 1) * kRowsPerTask, a.rows); ++i) {
+      a.exponents[i] = normalised_row(*isa.rows, p, a.first + i, a.k_blocks * kBlock, row);
+      for (int64_t kb = 0; kb < a.k_blocks; ++kb)
+        std::memcpy(const_cast<float*>(a.at(kb, i)), row + kb * kBlock, kBlock * sizeof(float));
+    }
+  });
+}
+
+struct Strip {
+  const uint8_t* rows[kMaxStrip];
+  alignas(64) float scale[kMaxStrip];
+  alignas(64) uint8_t staged[kMaxStrip * kBlock];
+};
+
+constexpr uint8_t kZeroRow[kBlock] = {};
+
+// Points at nr rows of kc_padded weights. Rows past n are zero; a partial or strided block is
+// copied, since what lies beside it is not ours to read.
+void locate(const GemmIsa& isa, const GemmProblem& p, int64_t j, int64_t k, int kc, int kc_padded, Strip& strip) {
+  const auto* base = reinterpret_cast<const uint8_t*>(p.b.data);
+  const bool in_place = p.b.col_stride == 1 && kc == kc_padded;
+  for (int r = 0; r < isa.nr; ++r) {
+    strip.rows[r] = kZeroRow;
+    strip.scale[r] = 0.f;
+    if (j + r >= p.n()) continue;
+    const uint8_t* row = base + (j + r) * p.b.row_stride + k * p.b.col_stride;
+    strip.scale[r] = scale_of(p.sb, j + r, k);
+    strip.rows[r] = in_place ? row : strip.staged + r * kBlock;
+    if (in_place) {
+      __builtin_prefetch(row + kBlock);
+      __builtin_prefetch(row + kBlock + 64);
+    }
+  }
+  if (in_place) return;
+  const int columns = static_cast<int>(std::min<int64_t>(isa.nr, p.n() - j));
+  std::memset(strip.staged, 0, sizeof strip.staged);
+  for (int q = 0; q < kc; ++q)
+    for (int r = 0; r < columns; ++r)
+      strip.staged[r * kBlock + q] = base[(j + r) * p.b.row_stride + (k + q) * p.b.col_stride];
+}
+
+// NaN and infinities do not survive the fast decoder.
+void repair(Dtype format, const Strip& strip, int nr, int kc, float* values) {
+  for (int r = 0; r < nr; ++r)
+    for (int q = 0; q < kc; ++q) {
+      const float w = fp8_to_f32(format, strip.rows[r][q]);
+      if (!(w - w == 0.f)) values[q * nr + r] = w;
+    }
+}
+
+void run_task(const GemmIsa& isa, const GemmProblem& p, const Activations& a, int64_t i0, int64_t rows, int64_t j0,
+              int64_t cols) {
+  const int64_t strips = ceil_div(cols, isa.nr), ldc = strips * isa.nr;
+  float* c = scratch_of<float>(Slot::own_c, rows * ldc);
+  float* values = scratch_of<float>(Slot::own_b, kBlock * isa.nr);
+  std::memset(c, 0, static_cast<size_t>(rows * ldc) * sizeof(float));
+  // Tiles of equal height: 16 rows in tiles of at most 6 are 6 + 5 + 5, never 6 + 6 + 4.
+  const int64_t tiles = ceil_div(rows, isa.mr);
+  Strip strip;
+  for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
+    const int kc = static_cast<int>(std::min<int64_t>(kBlock, p.k() - kb * kBlock));
+    const int kc_padded = static_cast<int>(round_up(kc, 4 * isa.lanes));
+    for (int64_t s = 0; s < strips; ++s) {
+      locate(isa, p, j0 + s * isa.nr, kb * kBlock, kc, kc_padded, strip);
+      if (isa.pack(p.b.dtype, strip.rows, kc_padded, values)) repair(p.b.dtype, strip, isa.nr, kc, values);
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t i = rows * t / tiles, next = rows * (t + 1) / tiles;
+        isa.tile(static_cast<int>(next - i), kc_padded, a.at(kb, i0 + i), kBlock, values, strip.scale,
+                 c + i * ldc + s * isa.nr, ldc);
+      }
+    }
+  }
+  for (int64_t i = 0; i < rows; ++i)
+    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc, result_exponent(p.b.dtype, a.exponents[i0 + i]));
+}
+
+}  // namespace
+
+const char* packed_refuses(const GemmProblem& p) {
+  if (p.sb.values && p.sb.block_cols % kBlock != 0 && p.sb.block_cols < p.k())
+    return "the scale blocks of b must be a multiple of 128 wide, or as wide as k";
+  return nullptr;
+}
+
+void gemm_packed(const GemmIsa& isa, const GemmProblem& p) {
+  const int64_t k_blocks = ceil_div(p.k(), kBlock);
+  const int64_t row_bytes = std::max<int64_t>(k_blocks, 1) * kBlock * static_cast<int64_t>(sizeof(float));
+  const int64_t fitting = std::max<int64_t>(kSharedBytesPerThread * p.threads / row_bytes, isa.mr);
+  const int64_t chunk = std::min(p.m(), fitting > kTaskRows ? fitting / kTaskRows * kTaskRows : fitting);
+  for (int64_t first = 0; first < p.m(); first += chunk) {
+    const int64_t rows = std::min(chunk, p.m() - first);
+    Activations a{scratch_of<float>(Slot::shared_a, rows * k_blocks * kBlock + rows), nullptr, first, rows, k_blocks};
+    a.exponents = reinterpret_cast<int*>(a.values + rows * k_blocks * kBlock);
+    normalise(isa, p, a);
+    const int64_t row_tasks = ceil_div(rows, kTaskRows), task_rows = ceil_div(rows, row_tasks);
+    // At least four tasks a thread, so that a slow one does not leave the others waiting.
+    const int64_t wanted = round_up(ceil_div(p.n(), ceil_div(4 * p.threads, row_tasks)), isa.nr);
+    const int64_t task_cols = std::min(wanted, kTaskCols);
+    const int64_t col_tasks = ceil_div(p.n(), task_cols);
+    parallel_for(p.threads, row_tasks * col_tasks, [&](int64_t task) {
+      const int64_t i0 = task % row_tasks * task_rows, j0 = task / row_tasks * task_cols;
+      run_task(isa, p, a, i0, std::min(task_rows, rows - i0), j0, std::min(task_cols, p.n() - j0));
+    });
+  }
+}
+
+}  // namespace moekern::cpu

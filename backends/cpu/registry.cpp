@@ -1,0 +1,46 @@
+// Turns kernels.inc into rows of data for csrc/bindings.cpp.
+#include "cpu/features.h"
+#include "cpu/gemm/driver.h"
+#include "cpu/quant/driver.h"
+
+namespace moekern::cpu {
+
+#define MOEKERN_CPU_ISA(ISA, NEEDS) extern const GemmIsa k_##ISA;
+#include "cpu/kernels.inc"
+#undef MOEKERN_CPU_ISA
+
+namespace {
+
+template <const GemmIsa& kIsa> const char* refuses_stream(const GemmProblem& p) { return stream_refuses(kIsa, p); }
+template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
+template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
+template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
+template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
+template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
+
+constexpr GemmKernel kGemm[] = {
+#define MOEKERN_CPU_ISA(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, refuses_stream<k_##ISA>, run_stream<k_##ISA>},
+#include "cpu/kernels.inc"
+#undef MOEKERN_CPU_ISA
+#define MOEKERN_CPU_ISA(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses, run_packed<k_##ISA>},
+#include "cpu/kernels.inc"
+#undef MOEKERN_CPU_ISA
+};
+
+constexpr CastKernel kCast[] = {
+#define MOEKERN_CPU_ISA(ISA, NEEDS) {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
+#include "cpu/kernels.inc"
+#undef MOEKERN_CPU_ISA
+};
+
+}  // namespace
+
+const Backend& backend() {
+  static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
+                                {kCast, sizeof kCast / sizeof *kCast},
+                                {kFeatures, sizeof kFeatures / sizeof *kFeatures},
+                                detect_features};
+  return instance;
+}
+
+}  // namespace moekern::cpu

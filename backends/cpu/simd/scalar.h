@@ -1,0 +1,77 @@
+// The vector vocabulary in plain C++, one float wide: what runs everywhere, and the baseline that
+// the other ISAs are compared with. See simd/avx2.h.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "moekern/float_formats.h"
+
+namespace moekern::cpu {
+namespace {
+
+constexpr int W = 1;
+using F32 = float;
+using I32 = uint32_t;
+
+inline I32 bits(F32 x) { return float_bits(x); }
+inline F32 as_f32(I32 x) { return bits_float(x); }
+
+inline F32 zero() { return 0.f; }
+inline F32 set1(float x) { return x; }
+inline F32 load(const float* p) { return *p; }
+inline void store(float* p, F32 x) { *p = x; }
+inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
+inline F32 mul(F32 a, F32 b) { return a * b; }
+inline F32 add(F32 a, F32 b) { return a + b; }
+inline F32 sub(F32 a, F32 b) { return a - b; }
+inline F32 div(F32 a, F32 b) { return a / b; }
+inline F32 max(F32 a, F32 b) { return a > b ? a : b; }  // b when either is NaN
+inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
+
+inline I32 set1_i32(uint32_t x) { return x; }
+inline I32 load_i32(const void* p) { I32 x; std::memcpy(&x, p, 4); return x; }
+inline I32 load_bytes(const uint8_t* p) { return load_i32(p); }
+inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, 4); }
+inline I32 bit_and(I32 a, I32 b) { return a & b; }
+inline I32 bit_or(I32 a, I32 b) { return a | b; }
+inline I32 add_i32(I32 a, I32 b) { return a + b; }
+inline I32 max_i32(I32 a, I32 b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b) ? a : b; }
+template <int S> inline I32 shl32(I32 x) { return x << S; }
+template <int S> inline I32 shr32(I32 x) { return x >> S; }
+template <int S> inline I32 sra32(I32 x) { return static_cast<I32>(static_cast<int32_t>(x) >> S); }
+template <int S> inline I32 shl16(I32 x) { return (x << S) & (0x00010001u * (0xffffu & (0xffffu << S))); }
+template <int S> inline I32 sra16(I32 x) {
+  const uint32_t lo = static_cast<uint16_t>(static_cast<int16_t>(x) >> S);
+  const uint32_t hi = static_cast<uint16_t>(static_cast<int16_t>(x >> 16) >> S);
+  return lo | hi << 16;
+}
+
+template <class T, class Pick>
+inline I32 each_byte(I32 a, I32 b, Pick pick) {
+  I32 out = 0;
+  for (int i = 0; i < 32; i += 8) out |= static_cast<I32>(static_cast<uint8_t>(pick(static_cast<T>(a >> i), static_cast<T>(b >> i)))) << i;
+  return out;
+}
+inline I32 max_u8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int y) { return x > y ? x : y; }); }
+inline I32 max_s8(I32 a, I32 b) { return each_byte<int8_t>(a, b, [](int x, int y) { return x > y ? x : y; }); }
+inline I32 min_s8(I32 a, I32 b) { return each_byte<int8_t>(a, b, [](int x, int y) { return x < y ? x : y; }); }
+
+inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return x != x ? then : otherwise; }
+
+inline F32 load_bf16(const uint16_t* p) { return as_f32(static_cast<uint32_t>(*p) << 16); }
+inline F32 load_f16(const uint16_t* p) { return f16_to_f32(*p); }
+inline void store_f16(uint16_t* p, F32 x) { *p = f32_to_f16(x); }
+inline void store_low16(uint16_t* p, I32 x) { *p = static_cast<uint16_t>(x); }
+inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
+  p[0] = static_cast<uint8_t>(x0);
+  p[1] = static_cast<uint8_t>(x1);
+  p[2] = static_cast<uint8_t>(x2);
+  p[3] = static_cast<uint8_t>(x3);
+}
+inline float reduce_add(F32 x) { return x; }
+inline float reduce_max(F32 x) { return x; }
+inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) { out[0] = load_bytes(rows[0] + offset); }
+
+}  // namespace
+}  // namespace moekern::cpu

@@ -1,0 +1,28 @@
+"""NVIDIA GPUs. No kernels yet: devices are found, so that `moekern info` can name them."""
+
+from __future__ import annotations
+
+import torch
+
+from moekern.op import Device
+
+
+def probe() -> list[Device] | str:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device or driver"
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        arch = f"sm_{properties.major}{properties.minor}"
+        devices.append(Device("cuda", arch, index=index, name=properties.name))
+    return devices
+
+
+def torch_devices(device: Device) -> list[str]:
+    return [f"cuda:{device.index}"]
+
+
+def register() -> None:
+    """Adds no kernel yet."""

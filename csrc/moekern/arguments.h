@@ -1,0 +1,89 @@
+// What every kernel may take for granted: shapes that agree, grids that cover their operand,
+// outputs that alias nothing they must not. Called once a call, before any kernel.
+#pragma once
+#include "moekern/check.h"
+#include "moekern/kernel.h"
+
+namespace moekern {
+
+inline int64_t blocks(int64_t extent, int64_t block) { return (extent + block - 1) / block; }
+
+inline void check_grid(const char* op, const char* name, const Matrix& data, const ScaleGrid& grid) {
+  check(grid.block_rows > 0 && grid.block_cols > 0, op, ": ", name, ".block is (", grid.block_rows, ", ",
+        grid.block_cols, "); both must be positive");
+  const int64_t rows = blocks(data.rows, grid.block_rows), cols = blocks(data.cols, grid.block_cols);
+  check(grid.values.rows == rows && grid.values.cols == cols, op, ": ", name, ".scale has shape ",
+        shape_of(grid.values), "; data of shape ", shape_of(data), " in blocks of (", grid.block_rows, ", ",
+        grid.block_cols, ") takes [", rows, ", ", cols, "]");
+  check<TypeError>(grid.values.dtype == Dtype::f32 || grid.values.dtype == Dtype::ue8m0, op, ": ", name,
+                   ".scale has dtype ", name_of(grid.values.dtype), "; scales are f32 or ue8m0");
+}
+
+inline void check_output(const char* op, const char* name, const Matrix& out) {
+  check(out.rows <= 1 || out.cols <= 1 || out.row_stride != 0, op, ": ", name, " is an expanded tensor (stride 0)");
+  check(out.cols <= 1 || out.col_stride != 0, op, ": ", name, " is an expanded tensor (stride 0)");
+}
+
+inline void check_apart(const char* op, const char* out_name, const Matrix& out, const char* name, const Matrix& in) {
+  check(!Extent(out).overlaps(Extent(in)), op, ": ", out_name, " overlaps ", name, " in memory");
+}
+
+inline void check_gemm(const char* op, const GemmProblem& p) {
+  check<TypeError>(is_fp8(p.a.dtype) || is_float(p.a.dtype), op, ": a has dtype ", name_of(p.a.dtype),
+                   "; it is e4m3fn, e4m3fnuz or e5m2 with a scale, or f32, f16 or bf16");
+  check<TypeError>(is_fp8(p.b.dtype), op, ": b has dtype ", name_of(p.b.dtype), "; it is e4m3fn, e4m3fnuz or e5m2");
+  check(p.a.cols == p.b.cols, op, ": a has shape ", shape_of(p.a), " and b ", shape_of(p.b),
+        "; both need the same number of columns, k");
+  check<TypeError>(!(is_float(p.a.dtype) && p.sa.values), op, ": a has dtype ", name_of(p.a.dtype),
+                   " and a scale; only FP8 data is scaled");
+  if (p.sa.values) check_grid(op, "a", p.a, p.sa);
+  check_grid(op, "b", p.b, p.sb);
+  if (p.c) {
+    check(p.c.rows == p.m() && p.c.cols == p.n(), op, ": c has shape ", shape_of(p.c), "; the product's is [", p.m(),
+          ", ", p.n(), "]");
+    check<TypeError>(is_float(p.c.dtype), op, ": c has dtype ", name_of(p.c.dtype), "; it is f32, f16 or bf16");
+  }
+  if (p.bias) {
+    check(p.bias.rows == 1 && p.bias.cols == p.n(), op, ": bias has ", p.bias.cols, " elements; b has ", p.n(), " rows");
+    check<TypeError>(is_float(p.bias.dtype), op, ": bias has dtype ", name_of(p.bias.dtype), "; it is f32, f16 or bf16");
+  }
+}
+
+inline void check_gemm_output(const char* op, const GemmProblem& p) {
+  check(p.out.rows == p.m() && p.out.cols == p.n(), op, ": out has shape ", shape_of(p.out), "; the product's is [",
+        p.m(), ", ", p.n(), "]");
+  check<TypeError>(is_float(p.out.dtype), op, ": out has dtype ", name_of(p.out.dtype), "; it is f32, f16 or bf16");
+  check_output(op, "out", p.out);
+  check_apart(op, "out", p.out, "a", p.a);
+  check_apart(op, "out", p.out, "b", p.b);
+  check_apart(op, "out", p.out, "a.scale", p.sa.values);
+  check_apart(op, "out", p.out, "b.scale", p.sb.values);
+  check_apart(op, "out", p.out, "bias", p.bias);
+  const bool in_place = p.c && p.c.data == p.out.data && p.c.dtype == p.out.dtype &&
+                        p.c.row_stride == p.out.row_stride && p.c.col_stride == p.out.col_stride;
+  if (!in_place) check_apart(op, "out", p.out, "c", p.c);
+}
+
+inline void check_cast(const char* op, const CastProblem& p, bool to_fp8, bool gated) {
+  const char* q = to_fp8 ? "out" : "x";
+  const char* x = to_fp8 ? "x" : "out";
+  check<TypeError>(is_float(p.x.dtype), op, ": ", x, " has dtype ", name_of(p.x.dtype), "; it is f32, f16 or bf16");
+  check<TypeError>(is_fp8(p.q.dtype), op, ": ", q, " has dtype ", name_of(p.q.dtype), "; it is e4m3fn, e4m3fnuz or e5m2");
+  check(p.x.rows == p.q.rows && p.x.cols == p.q.cols * (gated ? 2 : 1), op, ": ", x, " has shape ", shape_of(p.x),
+        " and ", q, " ", shape_of(p.q), gated ? "; x holds a gate and an up half for every output column" : "");
+  check_grid(op, q, p.q, p.scale);
+  const Matrix& out = to_fp8 ? p.q : p.x;
+  check_output(op, "out", out);
+  check_apart(op, "out", out, to_fp8 ? "x" : "x.data", to_fp8 ? p.x : p.q);
+  check(out.cols <= 1 || out.col_stride == 1, op, ": out must be contiguous along its last dimension, its strides are (",
+        out.row_stride, ", ", out.col_stride, ")");
+  if (to_fp8) {
+    check<TypeError>(p.scale.values.dtype == Dtype::f32, op, ": out.scale has dtype ", name_of(p.scale.values.dtype),
+                     "; casts write f32 scales");
+    check_output(op, "out.scale", p.scale.values);
+    check_apart(op, "out.scale", p.scale.values, "x", p.x);
+    check_apart(op, "out.scale", p.scale.values, "out", p.q);
+  }
+}
+
+}  // namespace moekern

@@ -1,0 +1,41 @@
+// Errors a caller can act on: which argument, what it has, what is allowed.
+#pragma once
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "moekern/tensor_view.h"
+
+namespace moekern {
+
+// Becomes Python's ValueError and TypeError.
+struct ValueError : std::runtime_error { using std::runtime_error::runtime_error; };
+struct TypeError : std::runtime_error { using std::runtime_error::runtime_error; };
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+template <class Error = ValueError, class... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (!ok) throw Error(text(parts...));
+}
+
+inline std::string shape_of(const Matrix& m) { return text("[", m.rows, ", ", m.cols, "]"); }
+
+// The bytes from the first element to the last, for finding overlaps.
+struct Extent {
+  const char* first;
+  const char* last;
+  explicit Extent(const Matrix& m) : first(m.data), last(m.data) {
+    if (!m || m.rows == 0 || m.cols == 0) return;
+    last = m.at(m.rows - 1, m.cols - 1) + size_of(m.dtype);
+  }
+  bool overlaps(const Extent& other) const { return first < other.last && other.first < last; }
+};
+
+}  // namespace moekern

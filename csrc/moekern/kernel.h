@@ -1,0 +1,71 @@
+// What a native backend exports: rows of data. Selection happens in python/moekern/op.py, which is
+// the only dispatcher; csrc/bindings.cpp turns each row into a Python callable.
+#pragma once
+#include <cstdint>
+
+#include "moekern/tensor_view.h"
+
+namespace moekern {
+
+// out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
+struct GemmProblem {
+  Matrix a;             // [m, k] FP8 with sa, or f32/f16/bf16 without
+  ScaleGrid sa;
+  Matrix b;             // [n, k] FP8
+  ScaleGrid sb;
+  Matrix c;             // [m, n] or empty
+  Matrix bias;          // [1, n] or empty
+  Matrix out;           // [m, n]
+  int threads = 1;
+
+  int64_t m() const { return a.rows; }
+  int64_t n() const { return b.rows; }
+  int64_t k() const { return a.cols; }
+};
+
+// One (x, q . scale) pair of equal shape: a cast reads x and writes q and scale, `dequantize` the reverse.
+struct CastProblem {
+  Matrix x;             // f32, f16 or bf16; [m, 2n] = [gate | up] for silu_mul
+  Matrix q;             // [m, n] FP8
+  ScaleGrid scale;      // f32 values; powers of two when round_scale_up
+  bool round_scale_up = false;
+  int threads = 1;
+};
+
+struct GemmKernel {
+  const char* name;
+  uint64_t needs;
+  const char* (*refuses)(const GemmProblem&);  // a static reason in plain words, or nullptr
+  void (*run)(const GemmProblem&);
+};
+
+struct CastKernel {
+  const char* name;
+  uint64_t needs;
+  void (*cast)(const CastProblem&);
+  void (*silu_mul_cast)(const CastProblem&);
+  void (*dequantize)(const CastProblem&);
+};
+
+template <class Row>
+struct Table {
+  const Row* rows;
+  int size;
+  const Row* begin() const { return rows; }
+  const Row* end() const { return rows + size; }
+};
+
+struct Feature {        // one bit of a kernel's `needs`, by the name that Device.features uses
+  uint64_t bit;
+  const char* name;
+};
+
+// Every native backend defines `const Backend& moekern::<name>::backend()`.
+struct Backend {
+  Table<GemmKernel> gemm;
+  Table<CastKernel> cast;
+  Table<Feature> features;
+  uint64_t (*detect_features)();
+};
+
+}  // namespace moekern

@@ -1,0 +1,143 @@
+"""The ops as torch.library operators: for torch.compile, torch.export, fake tensors and autograd.
+
+Eager calls on plain tensors never come here (op.py sends them straight to C++). The operators are
+functional; `out=` under tracing is a copy, which the compiler folds away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moekern import ops
+from moekern.scaled import BLOCK, DTYPES, ScaledTensor, parts
+
+_LIBRARY = torch.library.Library("moekern", "DEF")
+_KEYS = ("CPU", "CUDA", "PrivateUse1")  # HIP devices dispatch as CUDA, Ascend's as PrivateUse1
+
+
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema)
+    for key in _KEYS:
+        _LIBRARY.impl(name, implementation, key)
+    torch.library.register_fake(f"moekern::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.moekern, name).default
+
+
+# ---- fp8_gemm_nt -------------------------------------------------------------------------------------
+
+
+def _gemm(a, sa, block_a, b, sb, block_b, c, bias, out_dtype):  # type: ignore[no-untyped-def]
+    left = a if sa is None else ScaledTensor(a, sa, tuple(block_a))
+    return ops.fp8_gemm_nt(left, ScaledTensor(b, sb, tuple(block_b)), c, bias, None, out_dtype)
+
+
+def _gemm_fake(a, sa, block_a, b, sb, block_b, c, bias, out_dtype):  # type: ignore[no-untyped-def]
+    torch._check(a.dim() == 2 and b.dim() == 2, lambda: "fp8_gemm_nt: a and b must have 2 dimensions")
+    torch._check(a.shape[1] == b.shape[1], lambda: "fp8_gemm_nt: a and b need the same number of columns, k")
+    dtype = out_dtype or (torch.bfloat16 if sa is not None else a.dtype)
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=dtype)
+
+
+def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    a, sa, _, b, sb, block_b, c, bias, _ = inputs
+    ctx.save_for_backward(b, sb)
+    ctx.block_b = block_b
+    ctx.a_dtype = a.dtype if sa is None else None  # FP8 activations have no gradient
+    ctx.c_dtype = None if c is None else c.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gemm_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """dA = dD B, with the frozen FP8 weights as they are; dC = dD; d(bias) = its column sums."""
+    b, sb = ctx.saved_tensors
+    grad_a = grad_c = grad_bias = None
+    if ctx.needs_input_grad[0] and ctx.a_dtype is not None:
+        rows, cols = ctx.block_b
+        grad_a = torch.ops.moekern.fp8_gemm_nt(grad, None, [1, 1], b.T, sb.T, [cols, rows], None, None, ctx.a_dtype)
+    if ctx.needs_input_grad[6]:
+        grad_c = grad.to(ctx.c_dtype)
+    if ctx.needs_input_grad[7]:
+        grad_bias = grad.to(torch.float32).sum(0).to(ctx.bias_dtype)
+    return grad_a, None, None, None, None, None, grad_c, grad_bias, None
+
+
+def _trace_gemm(a, b, c=None, bias=None, out=None, out_dtype=None):  # type: ignore[no-untyped-def]
+    data_b, scale_b, block_b = parts(b)
+    if isinstance(a, torch.Tensor):
+        data_a, scale_a, block_a = a, None, (1, 1)
+    else:
+        data_a, scale_a, block_a = parts(a)
+    dtype = out_dtype if out is None else out.dtype
+    result = torch.ops.moekern.fp8_gemm_nt(
+        data_a, scale_a, list(block_a), data_b, scale_b, list(block_b), c, bias, dtype
+    )
+    return result if out is None else out.copy_(result)
+
+
+# ---- casts -------------------------------------------------------------------------------------------
+
+
+def _define_cast(op: Any, block: tuple[int, int], gated: bool) -> Callable[..., Any]:
+    def run(x, format, round_scale_up):  # type: ignore[no-untyped-def]
+        result = op(x, format, round_scale_up)
+        return result.data, result.scale
+
+    def fake(x, format, round_scale_up):  # type: ignore[no-untyped-def]
+        torch._check(x.dim() == 2, lambda: f"{op.name}: x must have 2 dimensions")
+        rows, cols = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
+        grid = ((rows + block[0] - 1) // block[0], (cols + block[1] - 1) // block[1])
+        return x.new_empty((rows, cols), dtype=DTYPES[format]), x.new_empty(grid, dtype=torch.float32)
+
+    call = _define(f"{op.name}(Tensor x, str format, bool round_scale_up) -> (Tensor, Tensor)", run, fake)
+
+    def trace(x, format="e4m3fn", round_scale_up=False, out=None):  # type: ignore[no-untyped-def]
+        data, scale = call(x, format, round_scale_up)
+        if out is None:
+            return ScaledTensor(data, scale, block)
+        out.data.copy_(data)
+        out.scale.copy_(scale)
+        return out
+
+    return trace
+
+
+def _dequantize(data, scale, block, out_dtype):  # type: ignore[no-untyped-def]
+    return ops.dequantize(ScaledTensor(data, scale, tuple(block)), None, out_dtype)
+
+
+def _dequantize_fake(data, scale, block, out_dtype):  # type: ignore[no-untyped-def]
+    return data.new_empty(data.shape, dtype=out_dtype or torch.float32)
+
+
+def _trace_dequantize(x, out=None, out_dtype=None):  # type: ignore[no-untyped-def]
+    data, scale, block = parts(x)
+    dtype = out_dtype if out is None else out.dtype
+    result = torch.ops.moekern.dequantize(data, scale, list(block), dtype)
+    return result if out is None else out.copy_(result)
+
+
+def register() -> None:
+    """Define every operator and give each Op its traced form. Called once, when moekern is imported."""
+    _define(
+        "fp8_gemm_nt(Tensor a, Tensor? sa, int[] block_a, Tensor b, Tensor sb, int[] block_b, "
+        "Tensor? c, Tensor? bias, ScalarType? out_dtype) -> Tensor",
+        _gemm,
+        _gemm_fake,
+    )
+    torch.library.register_autograd(
+        "moekern::fp8_gemm_nt", _gemm_backward, setup_context=_save_for_backward, lib=_LIBRARY
+    )
+    ops.fp8_gemm_nt.traced = _trace_gemm
+    for op, block, gated in (
+        (ops.per_token_cast_to_fp8, (1, BLOCK), False),
+        (ops.per_block_cast_to_fp8, (BLOCK, BLOCK), False),
+        (ops.per_channel_cast_to_fp8, (BLOCK, 1), False),
+        (ops.silu_mul_cast_to_fp8, (1, BLOCK), True),
+    ):
+        op.traced = _define_cast(op, block, gated)
+    _define("dequantize(Tensor data, Tensor scale, int[] block, ScalarType? out_dtype) -> Tensor", _dequantize, _dequantize_fake)
+    ops.dequantize.traced = _trace_dequantize

@@ -1,0 +1,204 @@
+"""The dispatcher: an Op is a contract, a Kernel is one way to honour it.
+
+A call goes ops/<family>.py (spec) -> Op.__call__ here -> csrc/bindings.cpp -> backends/<device>/.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moekern.scaled import ScaledTensor
+
+log = logging.getLogger("moekern")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the hardware can do. Built once per device by its backend's `probe()`."""
+
+    kind: str  # "cpu" | "cuda" | "rocm" | "npu"
+    arch: str  # "x86_64" | "sm_90" | "gfx942" | "ascend910b"
+    features: frozenset[str] = frozenset()
+    index: int = 0
+    name: str = ""
+
+
+def _accepts(*args: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one op: same parameters as the spec, output already allocated."""
+
+    name: str  # "cpu.avx2_stream"
+    run: Callable[..., None]
+    kind: str  # the Device.kind it runs on
+    needs: frozenset[str] = frozenset()  # Device.features it cannot do without
+    refuses: Callable[..., str | None] = _accepts  # a reason in plain words, or None to accept
+    for_few_rows: bool = False  # refuses by the number of rows: left out when batch_invariant is asked for
+
+    def lacks(self, device: Device) -> str | None:
+        if device.kind != self.kind:
+            return f"runs on {self.kind}, not {device.kind}"
+        if missing := self.needs - device.features:
+            return f"needs {', '.join(sorted(missing))}"
+        return None
+
+    def why_not(self, device: Device, *args: Any) -> str | None:
+        """Why this kernel cannot take this call, or None."""
+        return self.lacks(device) or self.refuses(*args)
+
+
+class NotSupported(NotImplementedError):
+    """No kernel takes the call; the message lists every kernel with its reason."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What `moekern.use` and the environment ask for."""
+
+    backend: str | None = None
+    kernels: tuple[tuple[str, str], ...] = ()  # (op, kernel name)
+    batch_invariant: bool = False
+    num_threads: int | None = None
+
+    def forced(self, op: str) -> str | None:
+        return dict(self.kernels).get(op)
+
+
+policy = Policy()
+
+
+class Op:
+    """A spec (signature, docstring, float64 reference) and the kernels that meet it, best first.
+
+    The order of `kernels` is the selection policy. `prepare` validates, brings operands to their
+    canonical form and allocates the output, once; it returns the spec's parameters in order.
+    """
+
+    def __init__(self, spec: Callable[..., Any], prepare: Callable[..., tuple], output: str) -> None:
+        functools.update_wrapper(self, spec)
+        self.name: str = spec.__name__
+        self.reference = spec
+        self.prepare = prepare
+        self.traced: Callable[..., Any] = self._untraceable  # the torch.library form, set by library.py
+        self.params = tuple(inspect.signature(spec).parameters)
+        self.kernels: list[Kernel] = []
+        self.output_index = self.params.index(output)
+        self._usable: dict[tuple[Device, Policy], list[Kernel]] = {}
+
+    def _untraceable(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotSupported(f"{self.name} has no torch.library form: it takes plain tensors without gradients, uncompiled")
+
+    def add(self, kernel: Kernel) -> None:
+        """Append a kernel: worse than those before it, better than those after."""
+        try:
+            got = tuple(inspect.signature(kernel.run).parameters)
+        except ValueError:  # a native function has no signature; bindings.cpp fixes its arity
+            got = self.params
+        if got != self.params:
+            raise TypeError(f"{kernel.name}: parameters {got}, but {self.name} has {self.params}")
+        if any(k.name == kernel.name for k in self.kernels):
+            raise ValueError(f"{self.name} already has a kernel named {kernel.name}")
+        self.kernels.append(kernel)
+        self._usable.clear()
+
+    def candidates(self, device: Device) -> list[Kernel]:
+        """The kernels that this device and the policy allow, best first."""
+        key = (device, policy)
+        if (found := self._usable.get(key)) is not None:
+            return found
+        if forced := policy.forced(self.name):
+            found = [k for k in self.kernels if k.name == forced]
+            if not found:
+                names = ", ".join(k.name for k in self.kernels)
+                raise ValueError(f"{self.name} has no kernel named {forced!r}; it has {names}")
+            if reason := found[0].lacks(device):
+                raise NotSupported(f"{self.name}: forced kernel {forced} {reason}")
+        else:
+            found = [k for k in self.kernels if k.lacks(device) is None]
+            if policy.batch_invariant:
+                found = [k for k in found if not k.for_few_rows]
+        if policy.backend not in (None, device.kind):
+            raise NotSupported(f"{self.name}: backend {policy.backend} is forced, but the operands are on {device.kind}")
+        log.debug("%s on %s: %s", self.name, device.arch, [k.name for k in found])
+        self._usable[key] = found
+        return found
+
+    def select(self, device: Device, *args: Any) -> Kernel:
+        for kernel in self.candidates(device):
+            if kernel.refuses(*args) is None:
+                return kernel
+        raise NotSupported(self.explain(device, *args))
+
+    def explain(self, device: Device, *args: Any) -> str:
+        """Which kernel takes a prepared call, and why each better one does not."""
+        allowed = {k.name for k in self.candidates(device)}
+        lines, chosen = [], None
+        for kernel in self.kernels:
+            reason = kernel.why_not(device, *args)
+            if reason is None and kernel.name not in allowed:
+                reason = "left out by moekern.use or the environment"
+            if reason is None and chosen is None:
+                chosen, reason = kernel.name, "chosen"
+            lines.append(f"  {kernel.name}: {reason or 'would do'}")
+        head = f"{self.name} on {device.kind} ({device.arch}): {chosen or 'no kernel'}"
+        return "\n".join([head, *lines])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _eager(args, kwargs):
+            return self.traced(*args, **kwargs)
+        call = self.prepare(*args, **kwargs)
+        self.select(device_of(call[self.output_index]), *call).run(*call)
+        return call[self.output_index]
+
+
+def op(*, prepare: Callable[..., tuple], output: str = "out") -> Callable[[Callable[..., Any]], Op]:
+    return lambda spec: Op(spec, prepare, output)
+
+
+def _plain(x: Any, grad: bool) -> bool:
+    """Whether C++ may read x as it is: no gradient to record, no fake, functional or other subclass."""
+    kind = type(x)
+    if kind is torch.Tensor or kind is torch.nn.Parameter:
+        return not (grad and x.requires_grad)
+    if kind is ScaledTensor:
+        return _plain(x.data, grad)
+    if kind is tuple:
+        return all(_plain(part, grad) for part in x)
+    return not isinstance(x, torch.Tensor)
+
+
+def _eager(args: tuple, kwargs: dict[str, Any]) -> bool:
+    grad = torch.is_grad_enabled()
+    for x in args:
+        if not _plain(x, grad):
+            return False
+    for x in kwargs.values():
+        if not _plain(x, grad):
+            return False
+    return True
+
+
+_devices: dict[torch.device, Device] = {}
+
+
+def register_device(where: torch.device, device: Device) -> None:
+    """Called by backends.load() for every device that a backend's probe() found."""
+    _devices[where] = device
+
+
+def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
+    tensor = operand.data if type(operand) is ScaledTensor else operand
+    try:
+        return _devices[tensor.device]
+    except KeyError:
+        raise NotSupported(f"no backend has found device {tensor.device}; see `python -m moekern info`") from None

@@ -1,0 +1,32 @@
+"""Specs: signature, docstring and float64 reference of every op. Kernels live in moekern.backends."""
+
+from moekern.ops.gemm import fp8_gemm_nn, fp8_gemm_nt, fp8_gemm_tn, fp8_gemm_tt
+from moekern.ops.quantize import (
+    dequantize,
+    per_block_cast_to_fp8,
+    per_channel_cast_to_fp8,
+    per_token_cast_to_fp8,
+    silu_mul_cast_to_fp8,
+)
+
+OPS = (
+    fp8_gemm_nt,
+    per_token_cast_to_fp8,
+    per_block_cast_to_fp8,
+    per_channel_cast_to_fp8,
+    silu_mul_cast_to_fp8,
+    dequantize,
+)
+
+__all__ = [
+    "OPS",
+    "dequantize",
+    "fp8_gemm_nn",
+    "fp8_gemm_nt",
+    "fp8_gemm_tn",
+    "fp8_gemm_tt",
+    "per_block_cast_to_fp8",
+    "per_channel_cast_to_fp8",
+    "per_token_cast_to_fp8",
+    "silu_mul_cast_to_fp8",
+]

@@ -1,0 +1,126 @@
+"""ScaledTensor: the one description of an FP8 operand. Nothing below it guesses a format or a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+BLOCK = 128
+
+FORMATS: dict[torch.dtype, str] = {
+    torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2: "e5m2",
+}
+DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in FORMATS.items()}
+MAX: dict[str, float] = {"e4m3fn": 448.0, "e4m3fnuz": 240.0, "e5m2": 57344.0}
+
+_ML_DTYPES = {
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e4m3fnuz": torch.float8_e4m3fnuz,
+    "float8_e5m2": torch.float8_e5m2,
+    "float8_e8m0fnu": torch.float8_e8m0fnu,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def as_tensor(x: Any) -> torch.Tensor:
+    """A torch view of any array that speaks DLPack (numpy, CuPy, JAX), ml_dtypes' formats included."""
+    if isinstance(x, torch.Tensor):
+        return x
+    name = str(getattr(x, "dtype", ""))
+    if name in _ML_DTYPES and hasattr(x, "view"):  # numpy exports these formats only as integers
+        dtype = _ML_DTYPES[name]
+        return torch.from_dlpack(x.view("int16" if dtype.itemsize == 2 else "uint8")).view(dtype)
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(f"expected a tensor or an array that speaks DLPack, got {type(x).__name__}")
+    return torch.from_dlpack(x)
+
+
+def infer_block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
+    """The block of a scale grid, from its shape.
+
+    Grids of DeepSeek's three block sizes (1x128, 128x128, 128x1), one scale per row, and one per
+    tensor. Where two of them give the same grid shape they also mean the same.
+    """
+    rows, cols = shape
+    for block in ((1, BLOCK), (BLOCK, BLOCK), (BLOCK, 1), (1, cols), (rows, cols)):
+        if scale == (-(-rows // max(block[0], 1)), -(-cols // max(block[1], 1))):
+            return (max(block[0], 1), max(block[1], 1))
+    raise ValueError(
+        f"a scale of shape {list(scale)} fits no known block of data {list(shape)}: 1x128 takes "
+        f"{[rows, -(-cols // BLOCK)]}, 128x128 {[-(-rows // BLOCK), -(-cols // BLOCK)]}, per row {[rows, 1]}, "
+        "per tensor [1, 1]; name any other with ScaledTensor(data, scale, block=(rows, columns))"
+    )
+
+
+def parts(x: Any) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """(data, scale [rows, columns], block) of a ScaledTensor or a (data, scale) pair."""
+    if isinstance(x, ScaledTensor):
+        return x.data, x.scale, x.block
+    data, scale = as_tensor(x[0]), as_tensor(x[1])
+    return _normalised(data, scale, None)
+
+
+def _normalised(
+    data: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    if data.dim() != 2:
+        raise ValueError(f"data has shape {list(data.shape)}; it must have 2 dimensions")
+    if scale.dim() < 2:  # a scalar, or one scale per row
+        scale = scale.reshape(-1, 1)
+    return data, scale, block or infer_block(tuple(data.shape), tuple(scale.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledTensor:
+    """FP8 data and its decode multipliers: x[i, j] ~ data[i, j] * scale[i // block[0], j // block[1]].
+
+    data: [rows, columns] torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2.
+    scale: [ceil(rows / block[0]), ceil(columns / block[1])] float32 or float8_e8m0fnu. Edge blocks
+        may be partial. A scalar is one scale for the tensor, a vector one per row.
+    block: (rows, columns) of one scale; inferred from the shapes when it is one of 1x128, 128x128,
+        128x1, per row, per tensor.
+
+    Checkpoints call the multiplier `weight_scale_inv`; it is used as it is. The value unpacks like
+    the pair it stands for: `q, s = x`.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor
+    block: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        block = self.block if self.block != (0, 0) else None
+        data, scale, block = _normalised(as_tensor(self.data), as_tensor(self.scale), block)
+        if data.dtype not in FORMATS:
+            raise TypeError(f"data has dtype {data.dtype}; it is one of {', '.join(map(str, FORMATS))}")
+        object.__setattr__(self, "data", data)
+        object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "block", block)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter((self.data, self.scale))
+
+    @property
+    def format(self) -> str:
+        return FORMATS[self.data.dtype]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    @property
+    def T(self) -> ScaledTensor:
+        """The transpose, a view."""
+        return ScaledTensor(self.data.T, self.scale.T, (self.block[1], self.block[0]))
+
+    def to_float64(self) -> torch.Tensor:
+        """The exact values, for references."""
+        scale = self.scale.to(torch.float32).to(torch.float64)
+        rows, cols = self.data.shape
+        grid = scale.repeat_interleave(self.block[0], 0)[:rows].repeat_interleave(self.block[1], 1)[:, :cols]
+        return self.data.to(torch.float32).to(torch.float64) * grid
