@@ -5,32 +5,42 @@
 
 namespace moekern::cpu {
 
-#define MOEKERN_CPU_ISA(ISA, NEEDS) extern const GemmIsa k_##ISA;
+#define MOEKERN_STREAM(ISA, NEEDS)
+#define MOEKERN_PACKED(ISA, NEEDS) extern const GemmIsa k_##ISA;
+#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_CPU_ISA
+#undef MOEKERN_STREAM
+#undef MOEKERN_PACKED
+#undef MOEKERN_CAST
 
 namespace {
 
-template <const GemmIsa& kIsa> const char* refuses_stream(const GemmProblem& p) { return stream_refuses(kIsa, p); }
+template <const GemmIsa& kIsa> const char* stream_refuses(const GemmProblem& p) { return stream_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
+template <const GemmIsa& kIsa> const char* packed_refuses(const GemmProblem& p) { return packed_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
 
 constexpr GemmKernel kGemm[] = {
-#define MOEKERN_CPU_ISA(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, refuses_stream<k_##ISA>, run_stream<k_##ISA>},
+#define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
+#define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
+#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_CPU_ISA
-#define MOEKERN_CPU_ISA(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses, run_packed<k_##ISA>},
-#include "cpu/kernels.inc"
-#undef MOEKERN_CPU_ISA
+#undef MOEKERN_STREAM
+#undef MOEKERN_PACKED
+#undef MOEKERN_CAST
 };
 
 constexpr CastKernel kCast[] = {
-#define MOEKERN_CPU_ISA(ISA, NEEDS) {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
+#define MOEKERN_STREAM(ISA, NEEDS)
+#define MOEKERN_PACKED(ISA, NEEDS)
+#define MOEKERN_CAST(ISA, NEEDS) {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
 #include "cpu/kernels.inc"
-#undef MOEKERN_CPU_ISA
+#undef MOEKERN_STREAM
+#undef MOEKERN_PACKED
+#undef MOEKERN_CAST
 };
 
 }  // namespace

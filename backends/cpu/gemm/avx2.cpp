@@ -7,8 +7,9 @@
 namespace moekern::cpu {
 
 constexpr int MR = 6, NV = 2;
+constexpr Stream kStream = stream_up_to(16);
 
 extern const GemmIsa k_avx2;
-constexpr GemmIsa k_avx2 = {&kRowOps, MR, NV * W, pack<NV>, tile<MR, NV>, W, kStreamRows, stream, permute, reduce};
+constexpr GemmIsa k_avx2 = {&kRowOps, Dtype::f32, W, MR, NV * W, pack<NV>, tile<MR, NV>, &kStream};
 
 }  // namespace moekern::cpu

@@ -33,30 +33,25 @@ template <Dtype F> struct Decode {
   }
 };
 
-// Whether a stream of bytes held a NaN or an infinity.
-//   e4m3fn   0x7f is the largest signed byte, 0xff the largest unsigned one
-//   e5m2     0x7c .. 0x7f and 0xfc .. 0xff, likewise
-//   e4m3fnuz 0x80 is the smallest signed byte
+// Whether a stream of bytes held a NaN or an infinity. Doubling a byte drops its sign, so that in
+// e4m3fn (0x7f) and e5m2 (0x7c .. 0x7f) they are the largest unsigned bytes of all; e4m3fnuz has
+// only 0x80, the smallest signed byte. One register either way: the micro-kernels have no second.
 template <Dtype F> struct Special {
-  I32 top = set1_i32(F == Dtype::e4m3fnuz ? 0x7f7f7f7fu : 0x80808080u), bottom = set1_i32(0);
+  I32 extreme = set1_i32(F == Dtype::e4m3fnuz ? 0x7f7f7f7fu : 0);
 
   inline void see(I32 x) {
     if constexpr (F == Dtype::e4m3fnuz) {
-      top = min_s8(top, x);
+      extreme = min_s8(extreme, x);
     } else {
-      top = max_s8(top, x);
-      bottom = max_u8(bottom, x);
+      extreme = max_u8(extreme, add_i8(x, x));
     }
   }
   inline bool found() const {
-    alignas(64) uint8_t t[4 * W], b[4 * W];
-    store_i32(t, top);
-    store_i32(b, bottom);
-    constexpr int kFirst = F == Dtype::e5m2 ? 0x7c : 0x7f;
+    alignas(64) uint8_t bytes[4 * W];
+    store_i32(bytes, extreme);
     bool any = false;
     for (int i = 0; i < 4 * W; ++i)
-      any |= F == Dtype::e4m3fnuz ? t[i] == 0x80
-                                  : static_cast<int8_t>(t[i]) >= kFirst || b[i] >= (0x80 | kFirst);
+      any |= F == Dtype::e4m3fnuz ? bytes[i] == 0x80 : bytes[i] >= 2 * (F == Dtype::e5m2 ? 0x7c : 0x7f);
     return any;
   }
 };

@@ -6,7 +6,7 @@
 namespace moekern::cpu {
 
 void gemm_packed(const GemmIsa& isa, const GemmProblem& p);
-const char* packed_refuses(const GemmProblem& p);
+const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p);
 
 void gemm_streamed(const GemmIsa& isa, const GemmProblem& p);
 const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p);

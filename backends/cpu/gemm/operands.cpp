@@ -1,5 +1,6 @@
 #include "cpu/gemm/operands.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "moekern/float_formats.h"
@@ -28,29 +29,29 @@ int exponent_of(float amax) {
 
 float power_of_two(int exponent) { return std::ldexp(1.f, exponent); }
 
-int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t k_padded, float* dst) {
+int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded, float* dst) {
   const int64_t k = p.k();
   if (p.a.col_stride == 1) {
     rows.load(p.a.dtype, p.a.at(i, 0), k, dst);
   } else {
     for (int64_t j = 0; j < k; ++j) dst[j] = element(p.a, i, j);
   }
-  if (p.sa.values) {
+  if (scaled && p.sa.values) {
     for (int64_t j = 0; j < k; j += p.sa.block_cols) {
       const int64_t n = k - j < p.sa.block_cols ? k - j : p.sa.block_cols;
       rows.scale(dst + j, scale_of(p.sa, i, j), n, dst + j);
     }
   }
   const int e = exponent_of(rows.amax(dst, k));
-  // 120 - e reaches 247, beyond f32's largest power: two factors.
-  const int first = 120 - e > 120 ? 120 : 120 - e, second = 120 - e - first;
+  // top - e reaches 247, beyond f32's largest power: two factors.
+  const int first = std::min(top - e, 120), second = top - e - first;
   rows.scale(dst, power_of_two(first), k, dst);
   if (second) rows.scale(dst, power_of_two(second), k, dst);
   for (int64_t j = k; j < k_padded; ++j) dst[j] = 0.f;
   return e;
 }
 
-int result_exponent(Dtype weights, int row_exponent) { return row_exponent - 120 + 127 - layout_of(weights).bias; }
+int result_exponent_f32(Dtype weights, int row_exponent) { return row_exponent - kTopF32 + 127 - layout_of(weights).bias; }
 
 void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent) {
   if (exponent > 127) {

@@ -18,13 +18,17 @@ float scale_of(const ScaleGrid& grid, int64_t row, int64_t col);  // of the elem
 int exponent_of(float amax);
 float power_of_two(int exponent);
 
-// dst[0 .. k) = row i of a . sa, times 2^(120 - e) where e, returned, is the exponent of its largest
-// magnitude. A power of two loses nothing; it brings the decoder's 2^-120 (gemm/decode.h) and
-// activations of any size to the middle of f32's range. The pad up to k_padded is zero.
-int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t k_padded, float* dst);
+// dst[0 .. k) = row i of a, its scales included on demand, times 2^(top - e) where e, returned, is the
+// exponent of its largest magnitude. A power of two loses nothing, and activations of any size come
+// to the same place in f32's range. The pad up to k_padded is zero.
+int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded, float* dst);
 
-// The exponent that undoes `normalised_row` and the decoder's 2^-(127 - bias).
-int result_exponent(Dtype weights, int row_exponent);
+// Where an f32 panel's weights are value * 2^-120 or so (gemm/decode.h), activations of 2^120 bring the
+// products to the middle of f32's range.
+constexpr int kTopF32 = 120;
+
+// The exponent that undoes such activations and weights.
+int result_exponent_f32(Dtype weights, int row_exponent);
 
 // out[i, j0 .. j0 + n) = cast(c + bias + sums * 2^exponent), sums overwritten.
 void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent);

@@ -22,22 +22,38 @@ constexpr int64_t kTaskRows = 256, kTaskCols = 128;
 constexpr int64_t kSharedBytesPerThread = 8 << 20;
 constexpr int kMaxStrip = 64;
 
-// A normalised, block-major: [k_blocks][rows][128], so that a tile's rows are 512 bytes apart.
+// A normalised, block-major: [k_blocks][rows][128] values of the ISA's panel type, so that a tile's
+// rows lie close together.
 struct Activations {
-  float* values;
-  int* exponents;
+  Dtype panel;
+  char* values;
+  float* row_scales;  // [k_blocks][rows] for bf16 panels, whose values must stay exact; null otherwise
+  int* exponents;     // [rows]
   int64_t first, rows, k_blocks;
-  const float* at(int64_t kb, int64_t row) const { return values + (kb * rows + row) * kBlock; }
+  char* at(int64_t kb, int64_t row) const { return values + (kb * rows + row) * kBlock * size_of(panel); }
 };
+
+// Carves an Activations out of the shared scratch.
+Activations allocate(Dtype panel, int64_t first, int64_t rows, int64_t k_blocks) {
+  const bool scaled = panel == Dtype::bf16;
+  const int64_t value_bytes = round_up(rows * k_blocks * kBlock * size_of(panel), 64);
+  const int64_t scale_bytes = scaled ? rows * k_blocks * static_cast<int64_t>(sizeof(float)) : 0;
+  auto* memory = scratch_of<char>(Slot::shared_a, value_bytes + scale_bytes + rows * static_cast<int64_t>(sizeof(int)));
+  return {panel, memory, scaled ? reinterpret_cast<float*>(memory + value_bytes) : nullptr,
+          reinterpret_cast<int*>(memory + value_bytes + scale_bytes), first, rows, k_blocks};
+}
 
 void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {
   constexpr int64_t kRowsPerTask = 4;
+  const bool f32 = a.panel == Dtype::f32;
   parallel_for(p.threads, ceil_div(a.rows, kRowsPerTask), [&](int64_t task) {
     float* row = scratch_of<float>(Slot::own_a, a.k_blocks * kBlock);
     for (int64_t i = task * kRowsPerTask; i < std::min((task + 1) * kRowsPerTask, a.rows); ++i) {
-      a.exponents[i] = normalised_row(*isa.rows, p, a.first + i, a.k_blocks * kBlock, row);
-      for (int64_t kb = 0; kb < a.k_blocks; ++kb)
-        std::memcpy(const_cast<float*>(a.at(kb, i)), row + kb * kBlock, kBlock * sizeof(float));
+      a.exponents[i] = normalised_row(*isa.rows, p, a.first + i, f32, f32 ? kTopF32 : 0, a.k_blocks * kBlock, row);
+      for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
+        isa.rows->store(a.panel, row + kb * kBlock, kBlock, a.at(kb, i));
+        if (a.row_scales) a.row_scales[kb * a.rows + i] = scale_of(p.sa, a.first + i, kb * kBlock);
+      }
     }
   });
 }
@@ -76,11 +92,16 @@ void locate(const GemmIsa& isa, const GemmProblem& p, int64_t j, int64_t k, int 
 }
 
 // NaN and infinities do not survive the fast decoder.
-void repair(Dtype format, const Strip& strip, int nr, int kc, float* values) {
-  for (int r = 0; r < nr; ++r)
+void repair(const GemmIsa& isa, Dtype format, const Strip& strip, int kc, void* values) {
+  for (int r = 0; r < isa.nr; ++r)
     for (int q = 0; q < kc; ++q) {
       const float w = fp8_to_f32(format, strip.rows[r][q]);
-      if (!(w - w == 0.f)) values[q * nr + r] = w;
+      if (w - w == 0.f) continue;
+      if (isa.panel == Dtype::f32) {
+        static_cast<float*>(values)[q * isa.nr + r] = w;
+      } else {
+        static_cast<uint16_t*>(values)[(q / 2 * isa.nr + r) * 2 + q % 2] = f32_to_bf16(w);
+      }
     }
 }
 
@@ -88,7 +109,7 @@ void run_task(const GemmIsa& isa, const GemmProblem& p, const Activations& a, in
               int64_t cols) {
   const int64_t strips = ceil_div(cols, isa.nr), ldc = strips * isa.nr;
   float* c = scratch_of<float>(Slot::own_c, rows * ldc);
-  float* values = scratch_of<float>(Slot::own_b, kBlock * isa.nr);
+  void* values = scratch(Slot::own_b, static_cast<size_t>(kBlock * isa.nr * size_of(isa.panel)));
   std::memset(c, 0, static_cast<size_t>(rows * ldc) * sizeof(float));
   // Tiles of equal height: 16 rows in tiles of at most 6 are 6 + 5 + 5, never 6 + 6 + 4.
   const int64_t tiles = ceil_div(rows, isa.mr);
@@ -98,21 +119,29 @@ void run_task(const GemmIsa& isa, const GemmProblem& p, const Activations& a, in
     const int kc_padded = static_cast<int>(round_up(kc, 4 * isa.lanes));
     for (int64_t s = 0; s < strips; ++s) {
       locate(isa, p, j0 + s * isa.nr, kb * kBlock, kc, kc_padded, strip);
-      if (isa.pack(p.b.dtype, strip.rows, kc_padded, values)) repair(p.b.dtype, strip, isa.nr, kc, values);
+      if (isa.pack(p.b.dtype, strip.rows, kc_padded, values)) repair(isa, p.b.dtype, strip, kc, values);
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t i = rows * t / tiles, next = rows * (t + 1) / tiles;
-        isa.tile(static_cast<int>(next - i), kc_padded, a.at(kb, i0 + i), kBlock, values, strip.scale,
+        const float* row_scale = a.row_scales ? a.row_scales + kb * a.rows + i0 + i : nullptr;
+        isa.tile(static_cast<int>(next - i), kc_padded, a.at(kb, i0 + i), kBlock, values, row_scale, strip.scale,
                  c + i * ldc + s * isa.nr, ldc);
       }
     }
   }
-  for (int64_t i = 0; i < rows; ++i)
-    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc, result_exponent(p.b.dtype, a.exponents[i0 + i]));
+  for (int64_t i = 0; i < rows; ++i) {
+    const int e = a.exponents[i0 + i];
+    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc,
+              isa.panel == Dtype::f32 ? result_exponent_f32(p.b.dtype, e) : e);
+  }
 }
 
 }  // namespace
 
-const char* packed_refuses(const GemmProblem& p) {
+const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p) {
+  if (isa.panel == Dtype::bf16 && !is_fp8(p.a.dtype) && p.a.dtype != Dtype::bf16)
+    return "multiplies in bf16, which a does not fit exactly";
+  if (isa.panel == Dtype::bf16 && p.sa.values && p.sa.block_cols % kBlock != 0 && p.sa.block_cols < p.k())
+    return "the scale blocks of a must be a multiple of 128 wide, or as wide as k";
   if (p.sb.values && p.sb.block_cols % kBlock != 0 && p.sb.block_cols < p.k())
     return "the scale blocks of b must be a multiple of 128 wide, or as wide as k";
   return nullptr;
@@ -120,13 +149,12 @@ const char* packed_refuses(const GemmProblem& p) {
 
 void gemm_packed(const GemmIsa& isa, const GemmProblem& p) {
   const int64_t k_blocks = ceil_div(p.k(), kBlock);
-  const int64_t row_bytes = std::max<int64_t>(k_blocks, 1) * kBlock * static_cast<int64_t>(sizeof(float));
+  const int64_t row_bytes = std::max<int64_t>(k_blocks, 1) * kBlock * size_of(isa.panel);
   const int64_t fitting = std::max<int64_t>(kSharedBytesPerThread * p.threads / row_bytes, isa.mr);
   const int64_t chunk = std::min(p.m(), fitting > kTaskRows ? fitting / kTaskRows * kTaskRows : fitting);
   for (int64_t first = 0; first < p.m(); first += chunk) {
     const int64_t rows = std::min(chunk, p.m() - first);
-    Activations a{scratch_of<float>(Slot::shared_a, rows * k_blocks * kBlock + rows), nullptr, first, rows, k_blocks};
-    a.exponents = reinterpret_cast<int*>(a.values + rows * k_blocks * kBlock);
+    const Activations a = allocate(isa.panel, first, rows, k_blocks);
     normalise(isa, p, a);
     const int64_t row_tasks = ceil_div(rows, kTaskRows), task_rows = ceil_div(rows, row_tasks);
     // At least four tasks a thread, so that a slow one does not leave the others waiting.

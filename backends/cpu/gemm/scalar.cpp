@@ -1,14 +1,14 @@
 #include "cpu/simd/scalar.h"
 
-#include "cpu/gemm/stream.h"
 #include "cpu/gemm/tile.h"
 #include "cpu/rows.h"
 
 namespace moekern::cpu {
 
+// No streaming kernel: one float wide, a dot product would be a single chain of k additions.
 constexpr int MR = 4, NV = 1;
 
 extern const GemmIsa k_scalar;
-constexpr GemmIsa k_scalar = {&kRowOps, MR, NV * W, pack<NV>, tile<MR, NV>, W, kStreamRows, stream, permute, reduce};
+constexpr GemmIsa k_scalar = {&kRowOps, Dtype::f32, W, MR, NV * W, pack<NV>, tile<MR, NV>, nullptr};
 
 }  // namespace moekern::cpu

@@ -16,19 +16,30 @@
 namespace moekern::cpu {
 namespace {
 
-constexpr int64_t kTaskRows = 32;
-constexpr int64_t kMaxRows = 16;       // beyond, decoding again for every 8 rows costs more than packing
-constexpr int64_t kPieceFloats = 4096;  // 16 KiB of activations: half of the smallest L1
+constexpr int64_t kMinTaskRows = 8;
+constexpr int kMaxRows = 16;  // no ISA's Stream::max_m is larger
+constexpr int64_t kPieceFloats = 6144;  // 24 KiB of activations, in an L1 of 32 KiB or more
 
 struct Pieces {
   int64_t count, size;  // of k; size is a multiple of 128
   explicit Pieces(int64_t m, int64_t k, int pass_rows) {
     const int64_t longest = std::max<int64_t>(kPieceFloats / std::min<int64_t>(m, pass_rows) / kBlock, 1) * kBlock;
     count = std::max<int64_t>(ceil_div(k, longest), 1);
-    size = round_up(ceil_div(k, count), kBlock);
+    size = std::max<int64_t>(round_up(ceil_div(k, count), kBlock), kBlock);
     count = std::max<int64_t>(ceil_div(k, size), 1);
   }
 };
+
+// Weight rows a task takes: their accumulators stay in L1 beside the activations (16 KiB) and the
+// weights on their way (stream.h's kAhead, 8 KiB), and no task straddles two rows of scales.
+int64_t task_rows(const GemmIsa& isa, const GemmProblem& p, bool scale_in_a) {
+  constexpr int64_t kAccumulatorBytes = 16 << 10;
+  const int64_t a_row = std::min<int64_t>(p.m(), isa.stream->pass_rows) * 2 * isa.lanes * static_cast<int64_t>(sizeof(float));
+  int64_t rows = 64;
+  while (rows > kMinTaskRows && rows * a_row > kAccumulatorBytes) rows /= 2;
+  while (scale_in_a && p.sb.block_rows < p.n() && p.sb.block_rows % rows != 0) rows /= 2;
+  return rows;
+}
 
 struct Shared {
   const GemmIsa& isa;
@@ -84,22 +95,23 @@ float plain_dot(const GemmProblem& p, int64_t i, int64_t j) {
 void run_task(const Shared& s, const ScaledActivations& own, int64_t j0, int64_t cols) {
   const GemmIsa& isa = s.isa;
   const GemmProblem& p = s.p;
-  const int64_t m = p.m(), passes = ceil_div(m, isa.stream_rows);
-  float* acc = scratch_of<float>(Slot::own_c, cols * m * (isa.lanes + 2));
-  float* sums = acc + cols * m * isa.lanes;
+  const int64_t m = p.m(), passes = ceil_div(m, isa.stream->pass_rows);
+  float* acc = scratch_of<float>(Slot::own_c, cols * m * 2 * (isa.lanes + 1));
+  float* sums = acc + cols * m * 2 * isa.lanes;
   float* row = sums + cols * m;
   const auto* w = reinterpret_cast<const uint8_t*>(p.b.data) + j0 * p.b.row_stride;
   bool special = false;
   for (int64_t piece = 0; piece < s.pieces.count; ++piece) {
     const int64_t k = piece * s.pieces.size, kc = std::min(s.pieces.size, p.k() - k);
+    const uint8_t* next_piece = piece + 1 < s.pieces.count ? w + k + kc : w + cols * p.b.row_stride;
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t i = m * pass / passes, next = m * (pass + 1) / passes;
-      special |= isa.stream(p.b.dtype, static_cast<int>(next - i), static_cast<int>(cols), kc, w + k, p.b.row_stride,
-                            own.values + (piece * m + i) * s.pieces.size, s.pieces.size, acc + i * cols * isa.lanes,
+      special |= isa.stream->run(p.b.dtype, static_cast<int>(next - i), static_cast<int>(cols), kc, w + k, p.b.row_stride,
+                            pass + 1 < passes ? w + k : next_piece, own.values + (piece * m + i) * s.pieces.size, s.pieces.size, acc + i * cols * 2 * isa.lanes,
                             piece == 0);
     }
   }
-  isa.reduce(acc, cols * m, sums);
+  isa.stream->reduce(acc, cols * m, sums);
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t first = m * pass / passes, height = m * (pass + 1) / passes - first;
     for (int64_t i = first; i < first + height; ++i) {
@@ -107,7 +119,7 @@ void run_task(const Shared& s, const ScaledActivations& own, int64_t j0, int64_t
         row[j] = sums[first * cols + j * height + i - first];
         if (!s.scale_in_a) row[j] *= scale_of(p.sb, j0 + j, 0);
       }
-      int exponent = result_exponent(p.b.dtype, s.exponents[i]) + own.exponent;
+      int exponent = result_exponent_f32(p.b.dtype, s.exponents[i]) + own.exponent;
       if (special) {
         for (int64_t j = 0; j < cols; ++j) row[j] = plain_dot(p, i, j0 + j);
         exponent = 0;
@@ -120,12 +132,11 @@ void run_task(const Shared& s, const ScaledActivations& own, int64_t j0, int64_t
 }  // namespace
 
 const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p) {
-  if (p.m() > kMaxRows) return "streams the weights for at most 16 rows of a";
+  if (p.m() > isa.stream->max_m) return "a has too many rows: streaming the weights pays for few only";
   if (p.b.col_stride != 1) return "b must be contiguous along k";
   if (p.sb.values && p.sb.block_cols < p.k() &&
-      (p.sb.block_cols % kBlock != 0 || (p.sb.block_rows % kTaskRows != 0 && p.sb.block_rows < p.n())))
-    return "the scale blocks of b must be multiples of 32 x 128, or as wide as k";
-  (void)isa;
+      (p.sb.block_cols % kBlock != 0 || (p.sb.block_rows % kMinTaskRows != 0 && p.sb.block_rows < p.n())))
+    return "the scale blocks of b must be multiples of 8 x 128, or as wide as k";
   return nullptr;
 }
 
@@ -133,22 +144,23 @@ void gemm_streamed(const GemmIsa& isa, const GemmProblem& p) {
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = ++calls;
   const int64_t k_padded = round_up(std::max<int64_t>(p.k(), 1), kBlock);
-  Shared s{isa, p, nullptr, {}, k_padded, p.sb.values && p.sb.block_cols < p.k(), Pieces(p.m(), p.k(), isa.stream_rows)};
+  Shared s{isa, p, nullptr, {}, k_padded, p.sb.values && p.sb.block_cols < p.k(), Pieces(p.m(), p.k(), isa.stream->pass_rows)};
   float* a = scratch_of<float>(Slot::shared_a, (p.m() + 1) * k_padded);
   float* plain = a + p.m() * k_padded;
   const auto prepare = [&](int64_t i) {
-    s.exponents[i] = normalised_row(*isa.rows, p, i, k_padded, plain);
-    isa.permute(plain, k_padded, a + i * k_padded);
+    s.exponents[i] = normalised_row(*isa.rows, p, i, true, kTopF32, k_padded, plain);
+    isa.stream->permute(plain, k_padded, a + i * k_padded);
   };
   s.a = a;
   parallel_for(1, 1, [&](int64_t) {
     for (int64_t i = 0; i < p.m(); ++i) prepare(i);
   });
-  parallel_for(p.threads, ceil_div(p.n(), kTaskRows), [&](int64_t task) {
+  const int64_t rows = task_rows(isa, p, s.scale_in_a);
+  parallel_for(p.threads, ceil_div(p.n(), rows), [&](int64_t task) {
     static thread_local ScaledActivations own;
-    const int64_t j0 = task * kTaskRows;
+    const int64_t j0 = task * rows;
     rescale(s, call, s.scale_in_a ? j0 / p.sb.block_rows : 0, own);
-    run_task(s, own, j0, std::min(kTaskRows, p.n() - j0));
+    run_task(s, own, j0, std::min(rows, p.n() - j0));
   });
 }
 

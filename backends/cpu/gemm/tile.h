@@ -40,11 +40,12 @@ inline void tile_rows(int kc, const float* a, int64_t a_stride, const float* b, 
 }
 
 template <int MR, int NV>
-void tile(int mr, int kc, const float* a, int64_t a_stride, const float* b, const float* scale, float* c, int64_t ldc) {
+void tile(int mr, int kc, const void* a, int64_t a_stride, const void* b, const float*, const float* scale, float* c,
+          int64_t ldc) {
   if constexpr (MR > 1) {
-    if (mr < MR) return tile<MR - 1, NV>(mr, kc, a, a_stride, b, scale, c, ldc);
+    if (mr < MR) return tile<MR - 1, NV>(mr, kc, a, a_stride, b, nullptr, scale, c, ldc);
   }
-  tile_rows<MR, NV>(kc, a, a_stride, b, scale, c, ldc);
+  tile_rows<MR, NV>(kc, static_cast<const float*>(a), a_stride, static_cast<const float*>(b), scale, c, ldc);
 }
 
 // W rows at a time: transpose dwords so that a lane is a weight row, then decode. Four consecutive
@@ -72,7 +73,8 @@ bool pack_format(const uint8_t* const* rows, int kc, float* strip) {
 }
 
 template <int NV>
-bool pack(Dtype format, const uint8_t* const* rows, int kc, float* strip) {
+bool pack(Dtype format, const uint8_t* const* rows, int kc, void* panel) {
+  auto* strip = static_cast<float*>(panel);
   switch (format) {
     case Dtype::e5m2: return pack_format<Dtype::e5m2, NV>(rows, kc, strip);
     case Dtype::e4m3fnuz: return pack_format<Dtype::e4m3fnuz, NV>(rows, kc, strip);

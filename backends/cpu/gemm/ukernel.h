@@ -19,31 +19,40 @@ struct RowOps {
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
 };
 
-// c[i, :] += scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows.
-// a: mr rows of `kc` f32, `a_stride` apart. b_strip: k-major, nr wide. kc is a multiple of 4W.
-using TileFn = void (*)(int mr, int kc, const float* a, int64_t a_stride, const float* b_strip, const float* scale,
-                        float* c, int64_t ldc);
+// c[i, :] += row_scale[i] * scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows; kc is a multiple of
+// 4 * lanes. a: mr rows of kc values, `a_stride` values apart. b_strip: k-major and nr wide,
+//   panel f32    b_strip[p][n], and row_scale is null: it is in a
+//   panel bf16   b_strip[p / 2][n][p % 2], the pairs that dot-product instructions take
+using TileFn = void (*)(int mr, int kc, const void* a, int64_t a_stride, const void* b_strip, const float* row_scale,
+                        const float* scale, float* c, int64_t ldc);
 
-// nr rows of kc FP8 weights -> a k-major strip of value * 2^-(127 - bias); true if a NaN or an
-// infinity was met (and decoded to nonsense). kc is a multiple of 4W.
-using PackFn = bool (*)(Dtype, const uint8_t* const* rows, int kc, float* strip);
+// nr rows of kc FP8 weights -> a strip; true if there was a value that the fast decoder cannot
+// express (a NaN or an infinity). f32 panels hold value * 2^-(127 - bias), bf16 panels the value.
+using PackFn = bool (*)(Dtype, const uint8_t* const* rows, int kc, void* strip);
 
-// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc
+// acc[r][i][0 .. 2 * lanes) (+)= the partial products of weight row r with activation row i over kc
 // elements. a: m rows of f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted
-// by `permute`. True as for PackFn. Weights are read once, in place, and nothing past kc is read.
-using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const float* a,
-                          int64_t a_stride, float* acc, bool first);
+// by `permute`. True as for PackFn. Weights are read once, in place, and nothing past kc is read;
+// `after` is where the caller means to go on, for prefetching only.
+using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after,
+                          const float* a, int64_t a_stride, float* acc, bool first);
+
+struct Stream {
+  int max_m;              // more activation rows than this are faster packed
+  int pass_rows;          // activation rows that one pass of `run` takes at most
+  StreamFn run;
+  void (*permute)(const float* src, int64_t n, float* dst);       // n is a multiple of 4 * lanes
+  void (*reduce)(const float* acc, int64_t count, float* sums);   // count pairs of vectors -> count sums
+};
 
 struct GemmIsa {
   const RowOps* rows;
+  Dtype panel;            // f32 or bf16
+  int lanes;              // f32 lanes of a vector: k is padded to 4 of them
   int mr, nr;
   PackFn pack;
   TileFn tile;
-  int lanes;              // W; 0 when there is no streaming kernel
-  int stream_rows;        // activation rows that one pass of `stream` takes at most
-  StreamFn stream;
-  void (*permute)(const float* src, int64_t n, float* dst);               // n is a multiple of 4 * lanes
-  void (*reduce)(const float* acc, int64_t count, float* sums);           // count vectors -> count sums
+  const Stream* stream;   // null without one
 };
 
 }  // namespace moekern::cpu

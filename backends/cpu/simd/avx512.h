@@ -38,8 +38,8 @@ template <int S> inline I32 shr32(I32 x) { return _mm512_srli_epi32(x, S); }
 template <int S> inline I32 sra32(I32 x) { return _mm512_srai_epi32(x, S); }
 template <int S> inline I32 shl16(I32 x) { return _mm512_slli_epi16(x, S); }
 template <int S> inline I32 sra16(I32 x) { return _mm512_srai_epi16(x, S); }
+inline I32 add_i8(I32 a, I32 b) { return _mm512_add_epi8(a, b); }
 inline I32 max_u8(I32 a, I32 b) { return _mm512_max_epu8(a, b); }
-inline I32 max_s8(I32 a, I32 b) { return _mm512_max_epi8(a, b); }
 inline I32 min_s8(I32 a, I32 b) { return _mm512_min_epi8(a, b); }
 
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {

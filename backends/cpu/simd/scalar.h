@@ -53,8 +53,8 @@ inline I32 each_byte(I32 a, I32 b, Pick pick) {
   for (int i = 0; i < 32; i += 8) out |= static_cast<I32>(static_cast<uint8_t>(pick(static_cast<T>(a >> i), static_cast<T>(b >> i)))) << i;
   return out;
 }
+inline I32 add_i8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int y) { return x + y; }); }
 inline I32 max_u8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int y) { return x > y ? x : y; }); }
-inline I32 max_s8(I32 a, I32 b) { return each_byte<int8_t>(a, b, [](int x, int y) { return x > y ? x : y; }); }
 inline I32 min_s8(I32 a, I32 b) { return each_byte<int8_t>(a, b, [](int x, int y) { return x < y ? x : y; }); }
 
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return x != x ? then : otherwise; }
