@@ -6,6 +6,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "moekern/arguments.h"
 #include "moekern/dlpack.h"
 
@@ -77,7 +79,8 @@ struct View {
 // A tensor of at most two dimensions; vectors become one row, scalars one element.
 View view(const char* op, const char* name, py::handle object) {
   const Runtime& r = runtime();
-  check<TypeError>(PyObject_IsInstance(object.ptr(), r.tensor.ptr()) == 1, op, ": ", name, " is a ",
+  const bool exact = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == r.tensor.ptr();
+  check<TypeError>(exact || PyObject_IsInstance(object.ptr(), r.tensor.ptr()) == 1, op, ": ", name, " is a ",
                    Py_TYPE(object.ptr())->tp_name, "; it must be a tensor");
   View v;
   int64_t shape[2] = {1, 1}, strides[2] = {0, 0};
@@ -195,6 +198,23 @@ GemmProblem gemm_problem(py::handle a, py::handle b, py::handle c, py::handle bi
   return p;
 }
 
+// What prepare_gemm has just read, for the `refuses` and `run` that op.py calls next with the same
+// objects: reading five tensors again would cost as much as a small product. `run` takes it away, so
+// it never outlives its call.
+struct Prepared {
+  std::array<PyObject*, 5> operands{};
+  GemmProblem problem;
+};
+thread_local Prepared prepared;
+
+GemmProblem problem_of(py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
+  if (prepared.operands == std::array<PyObject*, 5>{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()}) return prepared.problem;
+  int device;
+  GemmProblem p = gemm_problem(a, b, c, bias, &device);
+  p.out = matrix(kGemm, "out", out, device);
+  return p;
+}
+
 py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias, py::object out, py::object out_dtype) {
   int device;
   GemmProblem p = gemm_problem(a, b, c, bias, &device);
@@ -202,15 +222,16 @@ py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias
                    " but no scale; pass a ScaledTensor or a (data, scale) pair");
   check_gemm(kGemm, p);
   const Dtype natural = is_fp8(p.a.dtype) ? Dtype::bf16 : p.a.dtype;
-  if (out.is_none()) {
-    out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, p.m(), p.n(), dtype_argument(kGemm, out_dtype, natural));
-  } else {
-    p.out = matrix(kGemm, "out", out, device);
+  const bool fresh = out.is_none();
+  if (fresh) out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, p.m(), p.n(), dtype_argument(kGemm, out_dtype, natural));
+  p.out = matrix(kGemm, "out", out, device);
+  if (!fresh) {
     check_gemm_output(kGemm, p);
     const Dtype wanted = dtype_argument(kGemm, out_dtype, p.out.dtype);
     check<TypeError>(wanted == p.out.dtype, kGemm, ": out has dtype ", name_of(p.out.dtype), " but out_dtype is ",
                      name_of(wanted));
   }
+  prepared = {{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()}, p};
   return py::make_tuple(std::move(a), std::move(b), std::move(c), std::move(bias), std::move(out), py::none());
 }
 
@@ -224,18 +245,16 @@ int threads_for(int64_t work) {
 }
 
 void run_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
-  int device;
-  GemmProblem p = gemm_problem(a, b, c, bias, &device);
-  p.out = matrix(kGemm, "out", out, device);
+  GemmProblem p = problem_of(a, b, c, bias, out);
+  prepared.operands = {};
   if (p.m() == 0 || p.n() == 0) return;
   p.threads = threads_for(p.n() * std::max<int64_t>(p.k(), 1) * (1 + p.m() / 4));
   py::gil_scoped_release release;
   kernel.run(p);
 }
 
-py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias) {
-  int device;
-  const char* reason = kernel.refuses(gemm_problem(a, b, c, bias, &device));
+py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
+  const char* reason = kernel.refuses(problem_of(a, b, c, bias, out));
   return reason ? py::object(py::str(reason)) : py::object(py::none());
 }
 
@@ -322,8 +341,8 @@ py::dict rows_of(const Backend& backend) {
     py::cpp_function run([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
       run_gemm(k, a, b, c, bias, out);
     });
-    py::cpp_function refuses([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle, py::handle) {
-      return refuse_gemm(k, a, b, c, bias);
+    py::cpp_function refuses([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
+      return refuse_gemm(k, a, b, c, bias, out);
     });
     gemm.append(py::make_tuple(k.name, names_of(k.needs, backend.features), run, refuses));
   }

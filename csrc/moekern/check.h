@@ -25,7 +25,12 @@ void check(bool ok, const Parts&... parts) {
   if (!ok) throw Error(text(parts...));
 }
 
-inline std::string shape_of(const Matrix& m) { return text("[", m.rows, ", ", m.cols, "]"); }
+// Printed only when a check fails: building a string costs more than the whole check.
+struct Shape {
+  int64_t rows, cols;
+};
+inline std::ostream& operator<<(std::ostream& out, const Shape& s) { return out << "[" << s.rows << ", " << s.cols << "]"; }
+inline Shape shape_of(const Matrix& m) { return {m.rows, m.cols}; }
 
 // The bytes from the first element to the last, for finding overlaps.
 struct Extent {

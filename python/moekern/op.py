@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,6 @@ class Device:
     name: str = ""
 
 
-def _accepts(*args: Any) -> str | None:
-    return None
-
-
 @dataclass(frozen=True)
 class Kernel:
     """One implementation of one op: same parameters as the spec, output already allocated."""
@@ -42,7 +38,7 @@ class Kernel:
     run: Callable[..., None]
     kind: str  # the Device.kind it runs on
     needs: frozenset[str] = frozenset()  # Device.features it cannot do without
-    refuses: Callable[..., str | None] = _accepts  # a reason in plain words, or None to accept
+    refuses: Callable[..., str | None] | None = None  # (call) -> a reason in plain words, or None to accept
     for_few_rows: bool = False  # refuses by the number of rows: left out when batch_invariant is asked for
 
     def lacks(self, device: Device) -> str | None:
@@ -54,7 +50,7 @@ class Kernel:
 
     def why_not(self, device: Device, *args: Any) -> str | None:
         """Why this kernel cannot take this call, or None."""
-        return self.lacks(device) or self.refuses(*args)
+        return self.lacks(device) or (self.refuses(*args) if self.refuses else None)
 
 
 class NotSupported(NotImplementedError):
@@ -75,6 +71,15 @@ class Policy:
 
 
 policy = Policy()
+_ops: list[Op] = []
+
+
+def set_policy(wanted: Policy) -> None:
+    """Replace the process-wide policy; every Op chooses anew."""
+    global policy
+    policy = wanted
+    for op in _ops:
+        op.forget()
 
 
 class Op:
@@ -93,7 +98,8 @@ class Op:
         self.params = tuple(inspect.signature(spec).parameters)
         self.kernels: list[Kernel] = []
         self.output_index = self.params.index(output)
-        self._usable: dict[tuple[Device, Policy], list[Kernel]] = {}
+        self._usable: dict[torch.device, list[Kernel]] = {}  # candidates by the output's device
+        _ops.append(self)
 
     def _untraceable(self, *args: Any, **kwargs: Any) -> Any:
         raise NotSupported(f"{self.name} has no torch.library form: it takes plain tensors without gradients, uncompiled")
@@ -109,13 +115,14 @@ class Op:
         if any(k.name == kernel.name for k in self.kernels):
             raise ValueError(f"{self.name} already has a kernel named {kernel.name}")
         self.kernels.append(kernel)
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was chosen: kernels or the policy have changed."""
         self._usable.clear()
 
     def candidates(self, device: Device) -> list[Kernel]:
         """The kernels that this device and the policy allow, best first."""
-        key = (device, policy)
-        if (found := self._usable.get(key)) is not None:
-            return found
         if forced := policy.forced(self.name):
             found = [k for k in self.kernels if k.name == forced]
             if not found:
@@ -130,14 +137,18 @@ class Op:
         if policy.backend not in (None, device.kind):
             raise NotSupported(f"{self.name}: backend {policy.backend} is forced, but the operands are on {device.kind}")
         log.debug("%s on %s: %s", self.name, device.arch, [k.name for k in found])
-        self._usable[key] = found
         return found
 
-    def select(self, device: Device, *args: Any) -> Kernel:
-        for kernel in self.candidates(device):
-            if kernel.refuses(*args) is None:
+    def select(self, device: Device, *call: Any) -> Kernel:
+        """The kernel that takes a prepared call on `device`, which need not be this machine's."""
+        return self._first(self.candidates(device), call)
+
+    def _first(self, kernels: list[Kernel], call: tuple) -> Kernel:
+        for kernel in kernels:
+            if kernel.refuses is None or kernel.refuses(*call) is None:
                 return kernel
-        raise NotSupported(self.explain(device, *args))
+        reasons = [f"  {k.name}: {k.refuses(*call) if k.refuses else None}" for k in kernels]
+        raise NotSupported("\n".join([f"no kernel of {self.name} takes this call", *reasons]))
 
     def explain(self, device: Device, *args: Any) -> str:
         """Which kernel takes a prepared call, and why each better one does not."""
@@ -154,36 +165,39 @@ class Op:
         return "\n".join([head, *lines])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _eager(args, kwargs):
+        if torch.compiler.is_compiling():
+            return self.traced(*args, **kwargs)
+        grad = torch.is_grad_enabled()
+        if not _eager(args, grad) or (kwargs and not _eager(kwargs.values(), grad)):
             return self.traced(*args, **kwargs)
         call = self.prepare(*args, **kwargs)
-        self.select(device_of(call[self.output_index]), *call).run(*call)
-        return call[self.output_index]
+        out = call[self.output_index]
+        where = out.data.device if type(out) is ScaledTensor else out.device
+        usable = self._usable.get(where)
+        if usable is None:
+            usable = self._usable[where] = self.candidates(device_of(where))
+        self._first(usable, call).run(*call)
+        return out
 
 
 def op(*, prepare: Callable[..., tuple], output: str = "out") -> Callable[[Callable[..., Any]], Op]:
     return lambda spec: Op(spec, prepare, output)
 
 
-def _plain(x: Any, grad: bool) -> bool:
-    """Whether C++ may read x as it is: no gradient to record, no fake, functional or other subclass."""
-    kind = type(x)
-    if kind is torch.Tensor or kind is torch.nn.Parameter:
-        return not (grad and x.requires_grad)
-    if kind is ScaledTensor:
-        return _plain(x.data, grad)
-    if kind is tuple:
-        return all(_plain(part, grad) for part in x)
-    return not isinstance(x, torch.Tensor)
-
-
-def _eager(args: tuple, kwargs: dict[str, Any]) -> bool:
-    grad = torch.is_grad_enabled()
-    for x in args:
-        if not _plain(x, grad):
-            return False
-    for x in kwargs.values():
-        if not _plain(x, grad):
+def _eager(operands: Iterable[Any], grad: bool) -> bool:
+    """Whether C++ may read the operands as they are: no gradient to record, no fake or other subclass."""
+    for x in operands:
+        kind = type(x)
+        if kind is ScaledTensor:
+            x = x.data
+            kind = type(x)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            if grad and x.requires_grad:
+                return False
+        elif kind is tuple:
+            if not _eager(x, grad):
+                return False
+        elif isinstance(x, torch.Tensor):
             return False
     return True
 
@@ -196,9 +210,8 @@ def register_device(where: torch.device, device: Device) -> None:
     _devices[where] = device
 
 
-def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
-    tensor = operand.data if type(operand) is ScaledTensor else operand
+def device_of(where: torch.device) -> Device:
     try:
-        return _devices[tensor.device]
+        return _devices[where]
     except KeyError:
-        raise NotSupported(f"no backend has found device {tensor.device}; see `python -m moekern info`") from None
+        raise NotSupported(f"no backend has found device {where}; see `python -m moekern info`") from None

@@ -10,6 +10,7 @@ from typing import Any
 from moekern import op as dispatcher
 from moekern import runtime
 from moekern.op import Op, Policy, device_of
+from moekern.scaled import ScaledTensor
 
 
 class use:
@@ -58,13 +59,15 @@ class use:
 def explain(op: Op, *args: Any, **kwargs: Any) -> str:
     """Which kernel `op(*args, **kwargs)` would run, and why each better one would not. Computes nothing."""
     call = op.prepare(*args, **kwargs)
-    return op.explain(device_of(call[op.output_index]), *call)
+    out = call[op.output_index]
+    where = out.data.device if isinstance(out, ScaledTensor) else out.device
+    return op.explain(device_of(where), *call)
 
 
 def _apply(policy: Policy) -> None:
     if policy.num_threads != dispatcher.policy.num_threads:
         runtime.connect(policy.num_threads)
-    dispatcher.policy = policy
+    dispatcher.set_policy(policy)
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
