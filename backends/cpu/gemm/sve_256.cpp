@@ -10,6 +10,6 @@ constexpr int MR = 6, NV = 4;  // 24 accumulators + 4 b + 1 a of 32 registers; 1
 constexpr Stream kStream = stream_up_to(4);
 
 extern const GemmIsa k_sve_256;
-constexpr GemmIsa k_sve_256 = {&kRowOps, Dtype::f32, W, MR, NV * W, pack<NV>, tile<MR, NV>, &kStream};
+constexpr GemmIsa k_sve_256 = {&kRowOps, Dtype::f32, W, MR, NV * W, 1, pack<NV>, tile<MR, NV>, &kStream};
 
 }  // namespace moekern::cpu

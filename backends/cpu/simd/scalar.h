@@ -11,7 +11,6 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int W = 1;
-constexpr int kRegisters = 16;
 using F32 = float;
 using I32 = uint32_t;
 
