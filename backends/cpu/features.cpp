@@ -44,6 +44,10 @@ uint64_t detect_features() {
     constexpr unsigned kF16c = 1u << 29;
     if (__get_cpuid(1, &a, &b, &c, &d) && (c & kF16c)) found |= feature::avx2;
   }
+#if defined(MOEKERN_EMULATE_ISA)
+  if (found & feature::avx2)
+    return found | feature::avx512 | feature::avx512_vbmi | feature::avx512_bf16 | feature::amx_bf16;
+#endif
   if ((found & feature::avx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
     found |= feature::avx512;

@@ -106,6 +106,6 @@ void tile(int mr, int kc, const void* a, int64_t a_stride, const void* b, const 
 }  // namespace
 
 extern const GemmIsa k_avx512_bf16;
-constexpr GemmIsa k_avx512_bf16 = {&kRowOps, Dtype::bf16, W, MR, NV * W, pack, tile<MR>, nullptr};
+constexpr GemmIsa k_avx512_bf16 = {&kRowOps, Dtype::bf16, W, MR, NV * W, 2, pack, tile<MR>, nullptr};
 
 }  // namespace moekern::cpu

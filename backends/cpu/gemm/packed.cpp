@@ -97,10 +97,11 @@ void repair(const GemmIsa& isa, Dtype format, const Strip& strip, int kc, void* 
     for (int q = 0; q < kc; ++q) {
       const float w = fp8_to_f32(format, strip.rows[r][q]);
       if (w - w == 0.f) continue;
+      const int at = (q / isa.kr * isa.nr + r) * isa.kr + q % isa.kr;
       if (isa.panel == Dtype::f32) {
-        static_cast<float*>(values)[q * isa.nr + r] = w;
+        static_cast<float*>(values)[at] = w;
       } else {
-        static_cast<uint16_t*>(values)[(q / 2 * isa.nr + r) * 2 + q % 2] = f32_to_bf16(w);
+        static_cast<uint16_t*>(values)[at] = f32_to_bf16(w);
       }
     }
 }

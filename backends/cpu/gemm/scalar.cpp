@@ -9,6 +9,6 @@ namespace moekern::cpu {
 constexpr int MR = 4, NV = 1;
 
 extern const GemmIsa k_scalar;
-constexpr GemmIsa k_scalar = {&kRowOps, Dtype::f32, W, MR, NV * W, pack<NV>, tile<MR, NV>, nullptr};
+constexpr GemmIsa k_scalar = {&kRowOps, Dtype::f32, W, MR, NV * W, 1, pack<NV>, tile<MR, NV>, nullptr};
 
 }  // namespace moekern::cpu

@@ -103,13 +103,10 @@ bool stream_rows(int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint
 
 // 2 R M accumulators beside R decoded words, a weight, an activation and the mask. Sixteen registers
 // (AVX2) carry 6 rows, thirty-two (AVX-512, NEON, SVE) carry 8.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kPassRows = 6;
-constexpr int rows_in_flight(int m) { return m == 1 ? 4 : m == 2 ? 2 : 1; }
-#else
-constexpr int kPassRows = 8;
-constexpr int rows_in_flight(int m) { return m == 1 ? 8 : m <= 3 ? 4 : 1; }
-#endif
+constexpr int kPassRows = kRegisters == 16 ? 6 : 8;
+constexpr int rows_in_flight(int m) {
+  return kRegisters == 16 ? (m == 1 ? 4 : m == 2 ? 2 : 1) : (m == 1 ? 8 : m <= 3 ? 4 : 1);
+}
 
 template <Dtype F, int M = kPassRows>
 bool stream_format(int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after,

@@ -20,9 +20,9 @@ struct RowOps {
 };
 
 // c[i, :] += row_scale[i] * scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows; kc is a multiple of
-// 4 * lanes. a: mr rows of kc values, `a_stride` values apart. b_strip: k-major and nr wide,
-//   panel f32    b_strip[p][n], and row_scale is null: it is in a
-//   panel bf16   b_strip[p / 2][n][p % 2], the pairs that dot-product instructions take
+// 4 * lanes. a: mr rows of kc values, `a_stride` values apart. b_strip: k-major and nr wide, in the
+// groups of kr that dot-product instructions take: b_strip[p / kr][n][p % kr]. For an f32 panel
+// row_scale is null: it is in a.
 using TileFn = void (*)(int mr, int kc, const void* a, int64_t a_stride, const void* b_strip, const float* row_scale,
                         const float* scale, float* c, int64_t ldc);
 
@@ -49,7 +49,7 @@ struct GemmIsa {
   const RowOps* rows;
   Dtype panel;            // f32 or bf16
   int lanes;              // f32 lanes of a vector: k is padded to 4 of them
-  int mr, nr;
+  int mr, nr, kr;
   PackFn pack;
   TileFn tile;
   const Stream* stream;   // null without one

@@ -12,6 +12,7 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int W = 8;
+constexpr int kRegisters = 16;
 using F32 = __m256;
 using I32 = __m256i;
 

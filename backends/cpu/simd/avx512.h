@@ -8,6 +8,7 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int W = 16;
+constexpr int kRegisters = 32;
 using F32 = __m512;
 using I32 = __m512i;
 

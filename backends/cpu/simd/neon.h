@@ -1,0 +1,91 @@
+// The vector vocabulary of AArch64's baseline (Advanced SIMD): 4 floats, 16 bytes. See simd/avx2.h.
+#pragma once
+#include <arm_neon.h>
+
+#include <cstdint>
+
+namespace moekern::cpu {
+namespace {
+
+constexpr int W = 4;
+constexpr int kRegisters = 32;
+using F32 = float32x4_t;
+using I32 = uint32x4_t;
+
+inline I32 bits(F32 x) { return vreinterpretq_u32_f32(x); }
+inline F32 as_f32(I32 x) { return vreinterpretq_f32_u32(x); }
+
+inline F32 zero() { return vdupq_n_f32(0.f); }
+inline F32 set1(float x) { return vdupq_n_f32(x); }
+inline F32 load(const float* p) { return vld1q_f32(p); }
+inline void store(float* p, F32 x) { vst1q_f32(p, x); }
+inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
+inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
+inline F32 add(F32 a, F32 b) { return vaddq_f32(a, b); }
+inline F32 sub(F32 a, F32 b) { return vsubq_f32(a, b); }
+inline F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
+// b when either is NaN: FMAX would give the NaN and FMAXNM the number, whichever side it is on.
+inline F32 max(F32 a, F32 b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline F32 min(F32 a, F32 b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+
+inline I32 set1_i32(uint32_t x) { return vdupq_n_u32(x); }
+inline I32 load_bytes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+inline I32 load_i32(const void* p) { return load_bytes(static_cast<const uint8_t*>(p)); }
+inline void store_i32(void* p, I32 x) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u32(x)); }
+inline I32 bit_and(I32 a, I32 b) { return vandq_u32(a, b); }
+inline I32 bit_or(I32 a, I32 b) { return vorrq_u32(a, b); }
+inline I32 add_i32(I32 a, I32 b) { return vaddq_u32(a, b); }
+inline I32 max_i32(I32 a, I32 b) {
+  return vreinterpretq_u32_s32(vmaxq_s32(vreinterpretq_s32_u32(a), vreinterpretq_s32_u32(b)));
+}
+template <int S> inline I32 shl32(I32 x) { return vshlq_n_u32(x, S); }
+template <int S> inline I32 shr32(I32 x) { return vshrq_n_u32(x, S); }
+template <int S> inline I32 sra32(I32 x) { return vreinterpretq_u32_s32(vshrq_n_s32(vreinterpretq_s32_u32(x), S)); }
+template <int S> inline I32 shl16(I32 x) { return vreinterpretq_u32_u16(vshlq_n_u16(vreinterpretq_u16_u32(x), S)); }
+template <int S> inline I32 sra16(I32 x) { return vreinterpretq_u32_s16(vshrq_n_s16(vreinterpretq_s16_u32(x), S)); }
+inline I32 add_i8(I32 a, I32 b) {
+  return vreinterpretq_u32_u8(vaddq_u8(vreinterpretq_u8_u32(a), vreinterpretq_u8_u32(b)));
+}
+inline I32 max_u8(I32 a, I32 b) {
+  return vreinterpretq_u32_u8(vmaxq_u8(vreinterpretq_u8_u32(a), vreinterpretq_u8_u32(b)));
+}
+inline I32 min_s8(I32 a, I32 b) {
+  return vreinterpretq_u32_s8(vminq_s8(vreinterpretq_s8_u32(a), vreinterpretq_s8_u32(b)));
+}
+
+inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return vbslq_u32(vceqq_f32(x, x), otherwise, then); }
+
+inline F32 load_bf16(const uint16_t* p) { return as_f32(vshll_n_u16(vld1_u16(p), 16)); }
+inline F32 load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+inline void store_f16(uint16_t* p, F32 x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
+// The low 16 bits of every lane, in order.
+inline void store_low16(uint16_t* p, I32 x) { vst1_u16(p, vmovn_u32(x)); }
+// The low 8 bits of every lane of four vectors, in order: 4W bytes.
+inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
+  const uint16x8_t lo = vcombine_u16(vmovn_u32(x0), vmovn_u32(x1)), hi = vcombine_u16(vmovn_u32(x2), vmovn_u32(x3));
+  vst1q_u8(p, vcombine_u8(vmovn_u16(lo), vmovn_u16(hi)));
+}
+
+// (x0 + x1) + (x2 + x3): the same tree for every caller, so a sum has one value.
+inline float reduce_add(F32 x) { return vaddvq_f32(x); }
+
+// out[d] lane r = the d-th dword of row r: interleaving the lower with the upper half of the rows,
+// log2(4) times, transposes.
+inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {
+  I32 t[4], u[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) t[r] = load_bytes(rows[r] + offset);
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+    u[2 * r] = vzip1q_u32(t[r], t[r + 2]);
+    u[2 * r + 1] = vzip2q_u32(t[r], t[r + 2]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r) {
+    out[2 * r] = vzip1q_u32(u[r], u[r + 2]);
+    out[2 * r + 1] = vzip2q_u32(u[r], u[r + 2]);
+  }
+}
+
+}  // namespace
+}  // namespace moekern::cpu

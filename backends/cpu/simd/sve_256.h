@@ -1,0 +1,108 @@
+// The vector vocabulary of SVE with vectors of 256 bits, fixed when compiling (the object's flags
+// say so, feature::sve_256 checks it): 8 floats, 32 bytes. See simd/avx2.h.
+#pragma once
+#include <arm_sve.h>
+
+#include <cstdint>
+
+namespace moekern::cpu {
+namespace {
+
+constexpr int W = 8;
+constexpr int kRegisters = 32;
+typedef svfloat32_t F32 __attribute__((arm_sve_vector_bits(256)));
+typedef svuint32_t I32 __attribute__((arm_sve_vector_bits(256)));
+
+inline svbool_t all() { return svptrue_b8(); }
+inline I32 bits(F32 x) { return svreinterpret_u32_f32(x); }
+inline F32 as_f32(I32 x) { return svreinterpret_f32_u32(x); }
+
+inline F32 zero() { return svdup_n_f32(0.f); }
+inline F32 set1(float x) { return svdup_n_f32(x); }
+inline F32 load(const float* p) { return svld1_f32(all(), p); }
+inline void store(float* p, F32 x) { svst1_f32(all(), p, x); }
+inline F32 fma(F32 a, F32 b, F32 c) { return svmla_f32_x(all(), c, a, b); }
+inline F32 mul(F32 a, F32 b) { return svmul_f32_x(all(), a, b); }
+inline F32 add(F32 a, F32 b) { return svadd_f32_x(all(), a, b); }
+inline F32 sub(F32 a, F32 b) { return svsub_f32_x(all(), a, b); }
+inline F32 div(F32 a, F32 b) { return svdiv_f32_x(all(), a, b); }
+inline F32 max(F32 a, F32 b) { return svsel_f32(svcmpgt_f32(all(), a, b), a, b); }  // b when either is NaN
+inline F32 min(F32 a, F32 b) { return svsel_f32(svcmplt_f32(all(), a, b), a, b); }
+
+inline I32 set1_i32(uint32_t x) { return svdup_n_u32(x); }
+inline I32 load_bytes(const uint8_t* p) { return svreinterpret_u32_u8(svld1_u8(all(), p)); }
+inline I32 load_i32(const void* p) { return load_bytes(static_cast<const uint8_t*>(p)); }
+inline void store_i32(void* p, I32 x) { svst1_u8(all(), static_cast<uint8_t*>(p), svreinterpret_u8_u32(x)); }
+inline I32 bit_and(I32 a, I32 b) { return svand_u32_x(all(), a, b); }
+inline I32 bit_or(I32 a, I32 b) { return svorr_u32_x(all(), a, b); }
+inline I32 add_i32(I32 a, I32 b) { return svadd_u32_x(all(), a, b); }
+inline I32 max_i32(I32 a, I32 b) {
+  return svreinterpret_u32_s32(svmax_s32_x(all(), svreinterpret_s32_u32(a), svreinterpret_s32_u32(b)));
+}
+template <int S> inline I32 shl32(I32 x) { return svlsl_n_u32_x(all(), x, S); }
+template <int S> inline I32 shr32(I32 x) { return svlsr_n_u32_x(all(), x, S); }
+template <int S> inline I32 sra32(I32 x) {
+  return svreinterpret_u32_s32(svasr_n_s32_x(all(), svreinterpret_s32_u32(x), S));
+}
+template <int S> inline I32 shl16(I32 x) {
+  return svreinterpret_u32_u16(svlsl_n_u16_x(all(), svreinterpret_u16_u32(x), S));
+}
+template <int S> inline I32 sra16(I32 x) {
+  return svreinterpret_u32_s16(svasr_n_s16_x(all(), svreinterpret_s16_u32(x), S));
+}
+inline I32 add_i8(I32 a, I32 b) {
+  return svreinterpret_u32_u8(svadd_u8_x(all(), svreinterpret_u8_u32(a), svreinterpret_u8_u32(b)));
+}
+inline I32 max_u8(I32 a, I32 b) {
+  return svreinterpret_u32_u8(svmax_u8_x(all(), svreinterpret_u8_u32(a), svreinterpret_u8_u32(b)));
+}
+inline I32 min_s8(I32 a, I32 b) {
+  return svreinterpret_u32_s8(svmin_s8_x(all(), svreinterpret_s8_u32(a), svreinterpret_s8_u32(b)));
+}
+
+inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return svsel_u32(svcmpuo_f32(all(), x, x), then, otherwise); }
+
+// Loads that widen to 32 bits and stores that narrow do the conversions' shuffling; FCVT reads and
+// writes f16 in the low half of each lane.
+inline F32 load_bf16(const uint16_t* p) { return as_f32(shl32<16>(svld1uh_u32(all(), p))); }
+inline F32 load_f16(const uint16_t* p) {
+  return svcvt_f32_f16_x(all(), svreinterpret_f16_u32(svld1uh_u32(all(), p)));
+}
+inline void store_low16(uint16_t* p, I32 x) { svst1h_u32(all(), p, x); }
+inline void store_f16(uint16_t* p, F32 x) { store_low16(p, svreinterpret_u32_f16(svcvt_f16_f32_x(all(), x))); }
+// The low 8 bits of every lane of four vectors, in order: 4W bytes.
+inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
+  svst1b_u32(all(), p, x0);
+  svst1b_u32(all(), p + W, x1);
+  svst1b_u32(all(), p + 2 * W, x2);
+  svst1b_u32(all(), p + 3 * W, x3);
+}
+
+// FADDV adds pairwise, in halves: the same tree for every caller, so a sum has one value.
+inline float reduce_add(F32 x) { return svaddv_f32(all(), x); }
+
+// out[d] lane r = the d-th dword of row r: interleaving the lower with the upper half of the rows,
+// log2(8) times, transposes.
+inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {
+  I32 t[8], u[8];
+#pragma GCC unroll 8
+  for (int r = 0; r < 8; ++r) t[r] = load_bytes(rows[r] + offset);
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    u[2 * r] = svzip1_u32(t[r], t[r + 4]);
+    u[2 * r + 1] = svzip2_u32(t[r], t[r + 4]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    t[2 * r] = svzip1_u32(u[r], u[r + 4]);
+    t[2 * r + 1] = svzip2_u32(u[r], u[r + 4]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    out[2 * r] = svzip1_u32(t[r], t[r + 4]);
+    out[2 * r + 1] = svzip2_u32(t[r], t[r + 4]);
+  }
+}
+
+}  // namespace
+}  // namespace moekern::cpu

@@ -1,0 +1,79 @@
+// AVX-512 on an AVX2 machine: <immintrin.h>'s names from SIMDe, and what SIMDe 0.7.4 lacks or
+// rounds otherwise than the instruction does, from the descriptions in Intel's manual.
+#pragma once
+#include <immintrin.h>
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+#include "emulated_amx.h"
+#include "emulated_bf16.h"
+
+namespace moekern::emulated {
+
+static inline __m256i half(__m512i x, int which) { return simde__m512i_to_private(x).m256i[which]; }
+
+static inline __m512i join(__m256i low, __m256i high) {
+  simde__m512i_private r;
+  r.m256i[0] = low;
+  r.m256i[1] = high;
+  return simde__m512i_from_private(r);
+}
+
+static inline __m512i cvtepu16_epi32(__m256i x) {
+  return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
+}
+
+static inline __m256i cvtepi32_epi16(__m512i x) {
+  const __m256i low16 = _mm256_set1_epi32(0xffff);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(half(x, 0), low16), _mm256_and_si256(half(x, 1), low16));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+
+static inline __m512i srai_epi32(__m512i x, unsigned bits) {
+  const int count = static_cast<int>(bits);
+  return join(_mm256_srai_epi32(half(x, 0), count), _mm256_srai_epi32(half(x, 1), count));
+}
+
+static inline __m512 cvtph_ps(__m256i x) {
+  simde__m512_private r;
+  r.m256[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(x));
+  r.m256[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1));
+  return simde__m512_from_private(r);
+}
+
+template <int kRounding>
+static inline __m256i cvtps_ph(__m512 x) {
+  const simde__m512_private v = simde__m512_to_private(x);
+  return _mm256_set_m128i(_mm256_cvtps_ph(v.m256[1], kRounding), _mm256_cvtps_ph(v.m256[0], kRounding));
+}
+
+// VDPBF16PS: the odd product is added first, then the even one, each in an FMA of its own.
+static inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+  float s[16];
+  uint16_t x[32], y[32];
+  __builtin_memcpy(s, &sum, sizeof s);
+  __builtin_memcpy(x, &a, sizeof x);
+  __builtin_memcpy(y, &b, sizeof y);
+  for (int i = 0; i < 16; ++i) {
+    s[i] = fma_bf16(s[i], x[2 * i + 1], y[2 * i + 1]);
+    s[i] = fma_bf16(s[i], x[2 * i], y[2 * i]);
+  }
+  __builtin_memcpy(&sum, s, sizeof s);
+  return sum;
+}
+
+}  // namespace moekern::emulated
+
+#undef _mm512_cvtepu16_epi32
+#undef _mm512_cvtepi32_epi16
+#undef _mm512_srai_epi32
+#undef _mm512_cvtph_ps
+#undef _mm512_cvtps_ph
+#undef _mm512_dpbf16_ps
+#define _mm512_cvtepu16_epi32 moekern::emulated::cvtepu16_epi32
+#define _mm512_cvtepi32_epi16 moekern::emulated::cvtepi32_epi16
+#define _mm512_srai_epi32 moekern::emulated::srai_epi32
+#define _mm512_cvtph_ps moekern::emulated::cvtph_ps
+#define _mm512_cvtps_ph(X, ROUNDING) moekern::emulated::cvtps_ph<(ROUNDING)>(X)
+#define _mm512_dpbf16_ps moekern::emulated::dpbf16_ps

@@ -1,0 +1,182 @@
+// Runs rows of the CPU backend's kernel table in a process without Python: the kernels of CPUs that
+// only an emulator has. tests/remote.py talks to it over stdin and stdout, in lines and raw bytes:
+//
+//   list                    -> "features NAME...", then a "kernel OP NAME FEATURE..." per row, "end"
+//   run OP KERNEL THREADS ROUND_UP OPERANDS MEMORIES          ("ask" instead of "run": see below)
+//     each operand  NAME DTYPE ROWS COLS ROW_STRIDE COL_STRIDE BLOCK_ROWS BLOCK_COLS MEMORY
+//     each memory   BYTES WRITABLE, and after the line the bytes, from the operand's first element to its last
+//                           -> "done" and the bytes of every writable memory, in order
+//                            | "refused REASON" | "error MESSAGE"
+//
+// "ask" stops before running and answers "done" or "refused". Every memory ends where an unreadable
+// page begins, and what is not writable is mapped so: a kernel that strays is killed.
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <deque>
+#include <iostream>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "moekern/arguments.h"
+
+namespace moekern::cpu {
+const Backend& backend();
+}
+
+namespace moekern {
+namespace {
+
+std::string features_of(uint64_t bits, const char* separator) {
+  std::string names;
+  for (const Feature& f : cpu::backend().features)
+    if (bits & f.bit) names += std::string(separator) + f.name;
+  return names;
+}
+
+void list() {
+  const Backend& b = cpu::backend();
+  std::cout << "features" << features_of(b.detect_features(), " ") << "\n";
+  for (const GemmKernel& k : b.gemm) std::cout << "kernel fp8_gemm_nt " << k.name << features_of(k.needs, " ") << "\n";
+  for (const CastKernel& k : b.cast) std::cout << "kernel cast " << k.name << features_of(k.needs, " ") << "\n";
+  std::cout << "end\n";
+}
+
+class Memory {
+ public:
+  explicit Memory(std::istream& in) {
+    in >> bytes_ >> writable_;
+    in.ignore();  // the end of the line
+    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    usable_ = (bytes_ + page - 1) / page * page;
+    mapped_ = usable_ + page;
+    map_ = static_cast<char*>(mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    check(map_ != MAP_FAILED, "mmap of ", mapped_, " bytes failed");
+    std::memset(map_, 0xff, usable_);  // NaN in every format, before the operand
+    in.read(data(), static_cast<std::streamsize>(bytes_));
+    mprotect(map_ + usable_, page, PROT_NONE);
+    if (!writable_ && usable_) mprotect(map_, usable_, PROT_READ);
+  }
+  ~Memory() { munmap(map_, mapped_); }
+  Memory(const Memory&) = delete;
+
+  char* data() { return map_ + usable_ - bytes_; }
+  void write_back(std::ostream& out) {
+    if (writable_) out.write(data(), static_cast<std::streamsize>(bytes_));
+  }
+
+ private:
+  size_t bytes_ = 0, usable_ = 0, mapped_ = 0;
+  bool writable_ = false;
+  char* map_ = nullptr;
+};
+
+Dtype dtype_named(const std::string& name) {
+  for (Dtype t : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::e4m3fn, Dtype::e4m3fnuz, Dtype::e5m2, Dtype::ue8m0})
+    if (name == name_of(t)) return t;
+  throw TypeError("no dtype is named " + name);
+}
+
+struct Request {
+  std::string op, kernel;
+  int threads = 1;
+  bool round_scale_up = false;
+  std::map<std::string, ScaleGrid> operands;  // a plain matrix has a block of 1 x 1
+  std::deque<Memory> memories;
+
+  explicit Request(std::istream& in) {
+    int operand_count, memory_count;
+    in >> op >> kernel >> threads >> round_scale_up >> operand_count >> memory_count;
+    std::vector<std::pair<Matrix*, size_t>> pending;
+    for (int i = 0; i < operand_count; ++i) {
+      std::string name, dtype;
+      size_t memory;
+      in >> name >> dtype;
+      ScaleGrid& g = operands[name];
+      in >> g.values.rows >> g.values.cols >> g.values.row_stride >> g.values.col_stride >> g.block_rows >> g.block_cols >> memory;
+      g.values.dtype = dtype_named(dtype);
+      pending.emplace_back(&g.values, memory);
+    }
+    for (int i = 0; i < memory_count; ++i) memories.emplace_back(in);
+    for (auto& [matrix, memory] : pending) matrix->data = memories.at(memory).data();
+  }
+
+  ScaleGrid grid(const char* name) const {
+    const auto found = operands.find(name);
+    return found == operands.end() ? ScaleGrid{} : found->second;
+  }
+  Matrix matrix(const char* name) const { return grid(name).values; }
+};
+
+template <class Row>
+const Row& row_named(const Table<Row>& table, const std::string& name) {
+  for (const Row& row : table) {
+    if (name != row.name) continue;
+    const uint64_t missing = row.needs & ~cpu::backend().detect_features();
+    check(!missing, name, " needs", features_of(missing, " "));
+    return row;
+  }
+  throw ValueError("no kernel is named " + name);
+}
+
+// A reason to refuse, or null once done.
+const char* gemm(const Request& r, bool ask) {
+  const GemmKernel& kernel = row_named(cpu::backend().gemm, r.kernel);
+  GemmProblem p;
+  p.a = r.matrix("a");
+  p.sa = r.grid("a.scale");
+  p.b = r.matrix("b");
+  p.sb = r.grid("b.scale");
+  p.c = r.matrix("c");
+  p.bias = r.matrix("bias");
+  p.out = r.matrix("out");
+  p.threads = r.threads;
+  check_gemm("fp8_gemm_nt", p);
+  check_gemm_output("fp8_gemm_nt", p);
+  if (const char* reason = kernel.refuses(p)) return reason;
+  if (!ask && p.m() && p.n()) kernel.run(p);
+  return nullptr;
+}
+
+const char* cast(const Request& r, bool ask) {
+  const CastKernel& kernel = row_named(cpu::backend().cast, r.kernel);
+  const bool gated = r.op == "silu_mul_cast_to_fp8", back = r.op == "dequantize";
+  CastProblem p;
+  p.x = r.matrix(back ? "out" : "x");
+  p.q = r.matrix(back ? "x" : "out");
+  p.scale = r.grid(back ? "x.scale" : "out.scale");
+  p.round_scale_up = r.round_scale_up;
+  p.threads = r.threads;
+  check_cast(r.op.c_str(), p, !back, gated);
+  if (!ask && p.q.rows && p.q.cols) (back ? kernel.dequantize : gated ? kernel.silu_mul_cast : kernel.cast)(p);
+  return nullptr;
+}
+
+void serve(const std::string& verb) {
+  Request request(std::cin);
+  const bool ask = verb == "ask";
+  const char* reason = nullptr;
+  try {
+    reason = request.op == "fp8_gemm_nt" ? gemm(request, ask) : cast(request, ask);
+  } catch (const std::exception& error) {
+    std::cout << "error " << error.what() << "\n";
+    return;
+  }
+  if (reason) {
+    std::cout << "refused " << reason << "\n";
+    return;
+  }
+  std::cout << "done\n";
+  if (!ask)
+    for (Memory& memory : request.memories) memory.write_back(std::cout);
+}
+
+}  // namespace
+}  // namespace moekern
+
+int main() {
+  std::ios::sync_with_stdio(false);
+  for (std::string verb; std::cin >> verb; std::cout.flush()) verb == "list" ? moekern::list() : moekern::serve(verb);
+}

@@ -1,0 +1,236 @@
+"""Kernels of CPUs that this machine is not: tests/native/runner, as moekern.op.Kernel objects.
+
+Build with `cmake --workflow --preset aarch64` (g++-aarch64-linux-gnu, qemu-user-static: NEON, SVE) and
+`cmake --workflow --preset emulated` (libsimde-dev: AVX-512 and AMX on any x86-64 with AVX2).
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moekern import Device, Kernel, NotSupported, Op, ScaledTensor, ops
+
+BUILD = Path(__file__).parents[1] / "build"
+# 32-byte vectors: what sve_256 kernels are compiled for. The emulator's own default is 64.
+LAUNCHERS = {"aarch64": ["qemu-aarch64-static", "-cpu", "max,sve-default-vector-length=32"], "emulated": []}
+CASTS = (
+    ops.per_token_cast_to_fp8,
+    ops.per_block_cast_to_fp8,
+    ops.per_channel_cast_to_fp8,
+    ops.silu_mul_cast_to_fp8,
+    ops.dequantize,
+)
+TIMEOUT = 120  # seconds for one call: a deadlock must end
+
+_DTYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "e4m3fn",
+    torch.float8_e4m3fnuz: "e4m3fnuz",
+    torch.float8_e5m2: "e5m2",
+    torch.float8_e8m0fnu: "ue8m0",
+}
+
+
+class Crash(RuntimeError):
+    """The runner died, of a kernel that left its operands' memory for instance."""
+
+
+class Runner:
+    """One process, kept for many calls. `device` and `kernels(op)` are what it found and offers."""
+
+    def __init__(self, name: str, command: list[str], threads: int = 2) -> None:
+        self.command = command
+        self.threads = threads
+        self.process: subprocess.Popen[bytes] | None = None
+        features, *rows = self._listing()
+        self.device = Device("cpu", name, frozenset(features[1:]), name=" ".join(command))
+        self._rows = [(family, kernel, frozenset(needs)) for _, family, kernel, *needs in rows]
+
+    def kernels(self, op: Op) -> list[Kernel]:
+        """The runner's kernels for `op`, best first, taking the spec's parameters in order."""
+        family = "cast" if op in CASTS else op.name
+        return [
+            Kernel(
+                name,
+                functools.partial(self._call, op, name),
+                "cpu",
+                needs,
+                functools.partial(self._refuses, op, name),
+                for_few_rows=name.endswith("_stream"),
+            )
+            for found, name, needs in self._rows
+            if found == family
+        ]
+
+    def close(self) -> None:
+        if self.process:
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()
+            self.process = None
+
+    # ---- the protocol of tests/native/runner.cpp ---------------------------------------------------
+
+    def _listing(self) -> list[list[str]]:
+        with self._exchange("list", b"list\n"):
+            return [line.split() for line in iter(self._line, "end")]
+
+    def _call(self, op: Op, kernel: str, *args: Any) -> None:
+        request = _Request(op, args)
+        with self._exchange(kernel, request.encoded("run", kernel, self.threads)):
+            self._verdict()
+            for memory in request.memories:
+                if memory.writable:
+                    memory.write_back(self._read(memory.bytes))
+
+    def _refuses(self, op: Op, kernel: str, *args: Any) -> str | None:
+        with self._exchange(kernel, _Request(op, args).encoded("ask", kernel, self.threads)):
+            try:
+                self._verdict()
+            except NotSupported as refusal:
+                return str(refusal)
+        return None
+
+    def _exchange(self, what: str, request: bytes) -> _Exchange:
+        if self.process is None:
+            self.stderr = tempfile.TemporaryFile()
+            self.process = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr
+            )
+        return _Exchange(self, what, request)
+
+    def _verdict(self) -> None:
+        verdict, _, reason = self._line().partition(" ")
+        if verdict == "refused":
+            raise NotSupported(reason)
+        if verdict != "done":
+            raise RuntimeError(reason)
+
+    def _line(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise EOFError
+        return line.decode().rstrip("\n")
+
+    def _read(self, count: int) -> bytes:
+        data = self.process.stdout.read(count)
+        if len(data) != count:
+            raise EOFError
+        return data
+
+
+class _Exchange:
+    """A request sent and its answer read within `TIMEOUT`; a dead process becomes a Crash, and the next call starts anew."""
+
+    def __init__(self, runner: Runner, what: str, request: bytes) -> None:
+        self.runner, self.what, self.request = runner, what, request
+
+    def __enter__(self) -> None:
+        process = self.runner.process
+        self.timer = threading.Timer(TIMEOUT, process.kill)
+        self.timer.start()
+        try:
+            process.stdin.write(self.request)
+            process.stdin.flush()
+        except BrokenPipeError as error:
+            self.__exit__(BrokenPipeError, error, None)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self.timer.cancel()
+        if not isinstance(error, (EOFError, BrokenPipeError)):
+            return
+        runner, process = self.runner, self.runner.process
+        code = process.wait()
+        runner.process = None
+        runner.stderr.seek(0)
+        said = runner.stderr.read().decode(errors="replace").strip()
+        how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        raise Crash(f"{self.what}: {' '.join(runner.command)}: {how}. {said}") from None
+
+
+# ---- operands ------------------------------------------------------------------------------------
+
+
+class _Memory:
+    """The bytes of a tensor from its first to its last element, whatever lies between."""
+
+    def __init__(self, tensor: torch.Tensor, writable: bool) -> None:
+        elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = torch.as_strided(tensor, (elements if tensor.numel() else 0,), (1,))
+        self.view = flat.view(torch.uint8)
+        self.writable = writable
+        self.bytes = self.view.numel()
+
+    def write_back(self, data: bytes) -> None:
+        if data:
+            self.view.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+
+
+class _Request:
+    """One call's operands: tensors that start at one address share a memory, as `c` and `out` may."""
+
+    def __init__(self, op: Op, args: tuple) -> None:
+        self.op = "cast_to_fp8" if op in CASTS[:3] else op.name
+        self.lines: list[str] = []
+        self.memories: list[_Memory] = []
+        self._memory_at: dict[int, int] = {}
+        named = dict(zip(op.params, args, strict=True))
+        self.round_scale_up = bool(named.get("round_scale_up"))
+        self._add("out", named.pop("out"), writable=True)
+        for name, value in named.items():
+            if isinstance(value, (torch.Tensor, ScaledTensor)):
+                self._add(name, value, writable=False)
+
+    def _add(self, name: str, value: torch.Tensor | ScaledTensor, writable: bool) -> None:
+        if isinstance(value, ScaledTensor):
+            self._add_matrix(name, value.data, (1, 1), writable)
+            self._add_matrix(f"{name}.scale", value.scale, value.block, writable)
+        else:
+            self._add_matrix(name, value, (1, 1), writable)
+
+    def _add_matrix(self, name: str, tensor: torch.Tensor, block: tuple[int, int], writable: bool) -> None:
+        shape = (1, 1, *tensor.shape)[-2:]
+        strides = (0, 0, *tensor.stride())[-2:]
+        address = tensor.data_ptr()
+        if not tensor.numel() or address not in self._memory_at:
+            self._memory_at[address] = len(self.memories)
+            self.memories.append(_Memory(tensor, writable))
+        fields = (*shape, strides[0], 1 if shape[1] == 1 else strides[1], *block, self._memory_at[address])
+        self.lines.append(" ".join(map(str, (name, _DTYPES[tensor.dtype], *fields))))
+
+    def encoded(self, verb: str, kernel: str, threads: int) -> bytes:
+        counts = (threads, int(self.round_scale_up), len(self.lines), len(self.memories))
+        parts = ["\n".join([" ".join(map(str, (verb, self.op, kernel, *counts))), *self.lines, ""]).encode()]
+        for memory in self.memories:
+            parts += [f"{memory.bytes} {int(memory.writable)}\n".encode(), memory.view.numpy().tobytes(), b"\n"]
+        return b"".join(parts)
+
+
+# ---- what has been built -------------------------------------------------------------------------
+
+
+def why_not(name: str) -> str | None:
+    """Why the runner `name` cannot be started here, or None."""
+    program = BUILD / name / "tests" / "native" / "runner"
+    if not program.exists():
+        return f"not built: cmake --workflow --preset {name}"
+    if LAUNCHERS[name] and not shutil.which(LAUNCHERS[name][0]):
+        return f"{LAUNCHERS[name][0]} is not installed"
+    return None
+
+
+@functools.cache
+def runner(name: str) -> Runner:
+    """The runner "aarch64" or "emulated", started once; `why_not(name)` must be None."""
+    return Runner(name, [*LAUNCHERS[name], str(BUILD / name / "tests" / "native" / "runner")])
