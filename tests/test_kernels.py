@@ -96,7 +96,8 @@ def check_silu_mul(x: torch.Tensor, out: ScaledTensor, case: cases.Cast) -> None
         assert (torch.frexp(out.scale[finite])[0] == 0.5).all(), "scale is not a power of two"
         high = high * 2
     scale = out.scale.double()
-    assert torch.equal(scale.isnan(), expected.scale.isnan()) and torch.equal(scale.isinf(), expected.scale.isinf())
+    assert torch.equal(scale.isnan(), expected.scale.isnan()), "scale is NaN where none is due, or not where it is"
+    assert torch.equal(scale.isinf(), expected.scale.isinf()), "scale is infinite where none is due, or not where it is"
     assert ((scale >= low) & (scale <= high) | ~scale.isfinite()).all(), "scale is off"
     spread = scale.repeat_interleave(out.block[1], 1)[:, : y.shape[1]]
     finite = y.isfinite() & spread.isfinite()
