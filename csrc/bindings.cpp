@@ -71,13 +71,21 @@ Dtype dtype_named(const std::string& name) {
   return Dtype::other;
 }
 
+std::string attribute(py::handle object, const char* name) { return py::str(object.attr(name)).cast<std::string>(); }
+
+// What torch says of a tensor that cannot be read: on the meta device, sparse, without storage.
+[[noreturn]] void unreadable(const char* op, const char* name, py::handle object, const std::string& why) {
+  throw ValueError(text(op, ": ", name, " cannot be read (device ", attribute(object, "device"), ", layout ",
+                        attribute(object, "layout"), "): ", why.substr(0, why.find('\n'))));
+}
+
 struct View {
   Matrix matrix;
   int device = 0;  // DLPack's device type, and its index in the upper half
 };
 
-// A tensor of at most two dimensions; vectors become one row, scalars one element.
-View view(const char* op, const char* name, py::handle object) {
+// A tensor of `dimensions`: 2, or 1, which becomes one row.
+View view(const char* op, const char* name, py::handle object, int dimensions = 2) {
   const Runtime& r = runtime();
   const bool exact = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == r.tensor.ptr();
   check<TypeError>(exact || PyObject_IsInstance(object.ptr(), r.tensor.ptr()) == 1, op, ": ", name, " is a ",
@@ -87,9 +95,9 @@ View view(const char* op, const char* name, py::handle object) {
   int ndim;
   if (r.exchange) {
     dlpack::Tensor t;
-    if (r.exchange->view_of_object(object.ptr(), &t)) throw py::error_already_set();
-    check(t.ndim <= 2, op, ": ", name, " has ", t.ndim, " dimensions; it must have 2");
+    if (r.exchange->view_of_object(object.ptr(), &t)) unreadable(op, name, object, py::error_already_set().what());
     ndim = t.ndim;
+    check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
     for (int d = 0; d < ndim; ++d) {
       shape[2 - ndim + d] = t.shape[d];
       strides[2 - ndim + d] = t.strides ? t.strides[d] : d + 1 == ndim ? 1 : t.shape[1];
@@ -100,7 +108,7 @@ View view(const char* op, const char* name, py::handle object) {
   } else {
     const auto fields = r.read(object).cast<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string, int>>();
     ndim = static_cast<int>(std::get<1>(fields).size());
-    check(ndim <= 2, op, ": ", name, " has ", ndim, " dimensions; it must have 2");
+    check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
     for (int d = 0; d < ndim; ++d) {
       shape[2 - ndim + d] = std::get<1>(fields)[d];
       strides[2 - ndim + d] = std::get<2>(fields)[d];
@@ -113,19 +121,31 @@ View view(const char* op, const char* name, py::handle object) {
   v.matrix.cols = shape[1];
   v.matrix.row_stride = strides[0];
   v.matrix.col_stride = shape[1] == 1 ? 1 : strides[1];
+  if (v.matrix.dtype == Dtype::other)
+    throw TypeError(text(op, ": ", name, " has dtype ", attribute(object, "dtype"), ", which no operand may have"));
   static char nothing;  // an empty tensor has no address, but it is there
-  if (!v.matrix.data) v.matrix.data = &nothing;
+  if (!v.matrix.data) {
+    if (shape[0] && shape[1]) unreadable(op, name, object, "its storage is empty");
+    v.matrix.data = &nothing;
+  }
   return v;
 }
 
-Matrix matrix(const char* op, const char* name, py::handle object, int device) {
-  const View v = view(op, name, object);
+Matrix matrix(const char* op, const char* name, py::handle object, int device, int dimensions = 2) {
+  const View v = view(op, name, object, dimensions);
   check(v.device == device, op, ": ", name, " is on another device than the other operands");
   return v.matrix;
 }
 
-Matrix optional_matrix(const char* op, const char* name, py::handle object, int device) {
-  return object.is_none() ? Matrix{} : matrix(op, name, object, device);
+Matrix optional_matrix(const char* op, const char* name, py::handle object, int device, int dimensions = 2) {
+  return object.is_none() ? Matrix{} : matrix(op, name, object, device, dimensions);
+}
+
+// DLPack does not carry the bit that says "negate on reading" (the imaginary part of a conjugate has it).
+void check_plain(const char* op, const char* name, py::handle tensor) {
+  static const py::object kIsNegated = interned("is_neg");
+  if (tensor.is_none()) return;
+  check(!tensor.attr(kIsNegated)().cast<bool>(), op, ": ", name, " is a negated view; pass ", name, ".resolve_neg()");
 }
 
 void set_dlpack_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
@@ -194,7 +214,7 @@ GemmProblem gemm_problem(py::handle a, py::handle b, py::handle c, py::handle bi
     p.a = matrix(kGemm, "a", a, weights.device);
   }
   p.c = optional_matrix(kGemm, "c", c, weights.device);
-  p.bias = optional_matrix(kGemm, "bias", bias, weights.device);
+  p.bias = optional_matrix(kGemm, "bias", bias, weights.device, 1);
   return p;
 }
 
@@ -218,6 +238,9 @@ GemmProblem problem_of(py::handle a, py::handle b, py::handle c, py::handle bias
 py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias, py::object out, py::object out_dtype) {
   int device;
   GemmProblem p = gemm_problem(a, b, c, bias, &device);
+  if (!is_scaled(a)) check_plain(kGemm, "a", a);
+  check_plain(kGemm, "c", c);
+  check_plain(kGemm, "bias", bias);
   check<TypeError>(!is_fp8(p.a.dtype) || p.sa.values, kGemm, ": a has dtype ", name_of(p.a.dtype),
                    " but no scale; pass a ScaledTensor or a (data, scale) pair");
   check_gemm(kGemm, p);
@@ -226,6 +249,7 @@ py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias
   if (fresh) out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, p.m(), p.n(), dtype_argument(kGemm, out_dtype, natural));
   p.out = matrix(kGemm, "out", out, device);
   if (!fresh) {
+    check_plain(kGemm, "out", out);
     check_gemm_output(kGemm, p);
     const Dtype wanted = dtype_argument(kGemm, out_dtype, p.out.dtype);
     check<TypeError>(wanted == p.out.dtype, kGemm, ": out has dtype ", name_of(p.out.dtype), " but out_dtype is ",
@@ -261,17 +285,21 @@ py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py:
 // ---- casts ---------------------------------------------------------------------------------------
 
 // (x, out) for a cast to FP8: out is allocated here when it is None.
-py::tuple prepare_cast(const std::string& op, py::object x, py::object out, const std::string& format, int64_t block_rows,
+py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::object format, int64_t block_rows,
                        int64_t block_cols, bool gated) {
   const char* name = op.c_str();
+  const std::string format_name = py::str(format);
+  const Dtype dtype = dtype_named(format_name);
+  check<TypeError>(py::isinstance<py::str>(format), name, ": format is a ", Py_TYPE(format.ptr())->tp_name,
+                   "; it is the name of one, such as \"e4m3fn\"");
+  check(is_fp8(dtype), name, ": format is \"", format_name, "\"; it is \"e4m3fn\", \"e4m3fnuz\" or \"e5m2\"");
   const View v = view(name, "x", x);
+  check_plain(name, "x", x);
   CastProblem p;
   p.x = v.matrix;
   check(!gated || p.x.cols % 2 == 0, name, ": x has ", p.x.cols, " columns; gate and up halves need an even number");
   const int64_t cols = p.x.cols / (gated ? 2 : 1);
   if (out.is_none()) {
-    const Dtype dtype = dtype_named(format);
-    check(is_fp8(dtype), name, ": format is \"", format, "\"; it is \"e4m3fn\", \"e4m3fnuz\" or \"e5m2\"");
     check<TypeError>(is_float(p.x.dtype), name, ": x has dtype ", name_of(p.x.dtype), "; it is f32, f16 or bf16");
     py::object data = allocate(x, v.device, p.x.rows, cols, dtype);
     py::object scale = allocate(x, v.device, blocks(p.x.rows, block_rows), blocks(cols, block_cols), Dtype::f32);
@@ -283,6 +311,8 @@ py::tuple prepare_cast(const std::string& op, py::object x, py::object out, cons
         ", ", s.grid.block_cols, "); this cast writes (", block_rows, ", ", block_cols, ")");
   p.q = s.data;
   p.scale = s.grid;
+  check(dtype == p.q.dtype || dtype == Dtype::e4m3fn, name, ": format is ", name_of(dtype), ", but out holds ",
+        name_of(p.q.dtype));  // the default, e4m3fn, yields to out
   check_cast(name, p, true, gated);
   return py::make_tuple(std::move(x), std::move(out));
 }
@@ -296,6 +326,9 @@ py::tuple prepare_dequantize(py::object x, py::object out, py::object out_dtype)
   if (out.is_none())
     out = allocate(x.attr("data"), s.device, s.data.rows, s.data.cols, dtype_argument(kName, out_dtype, Dtype::f32));
   p.x = matrix(kName, "out", out, s.device);
+  check_plain(kName, "out", out);
+  const Dtype wanted = dtype_argument(kName, out_dtype, p.x.dtype);
+  check<TypeError>(wanted == p.x.dtype, kName, ": out has dtype ", name_of(p.x.dtype), " but out_dtype is ", name_of(wanted));
   check_cast(kName, p, false, false);
   return py::make_tuple(std::move(x), std::move(out));
 }

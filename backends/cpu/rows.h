@@ -104,7 +104,8 @@ inline I32 encode(F32 x, F32 s) {
   const F32 magic = mul(binade, set1(1.5f * static_cast<float>(1 << (23 - f.mantissa_bits))));
   const F32 rounded = sub(add(y, magic), magic);
   const I32 u = bits(mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23))));
-  const I32 code = bit_or(bit_and(shr32<24>(u), set1_i32(0x80)), bit_and(shr32<23 - f.mantissa_bits>(u), set1_i32(0x7f)));
+  // The sign is y's: what rounds to zero keeps it, and (y + magic) - magic does not.
+  const I32 code = bit_or(bit_and(shr32<24>(bits(y)), set1_i32(0x80)), bit_and(shr32<23 - f.mantissa_bits>(u), set1_i32(0x7f)));
   return if_nan(y, bit_or(bit_and(shr32<24>(bits(x)), set1_i32(0x80)), set1_i32(f.nan_code)), code);
 }
 
@@ -141,8 +142,10 @@ inline F32 exp_clamped(F32 x) {
   return as_f32(add_i32(bits(p), shl32<23>(bits(shifted))));
 }
 
+// Beyond the clamp e^-gate runs on to infinity, so that silu is -0 there and NaN at -infinity.
 inline F32 silu_mul(F32 gate, F32 up) {
-  const F32 e = exp_clamped(sub(zero(), gate));
+  const F32 x = sub(zero(), gate);
+  const F32 e = add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f)));
   return mul(div(gate, add(set1(1.f), e)), up);
 }
 

@@ -20,12 +20,16 @@ inline void check_grid(const char* op, const char* name, const Matrix& data, con
 }
 
 inline void check_output(const char* op, const char* name, const Matrix& out) {
-  check(out.rows <= 1 || out.cols <= 1 || out.row_stride != 0, op, ": ", name, " is an expanded tensor (stride 0)");
-  check(out.cols <= 1 || out.col_stride != 0, op, ": ", name, " is an expanded tensor (stride 0)");
+  // Apart, if one stride steps over all that the other spans.
+  const int64_t rows = out.rows > 1 ? out.row_stride : INT64_MAX, cols = out.cols > 1 ? out.col_stride : INT64_MAX;
+  const bool apart = rows < cols ? rows > 0 && (out.cols <= 1 || cols > rows * (out.rows - 1))
+                                 : cols > 0 && (out.rows <= 1 || rows > cols * (out.cols - 1));
+  check(apart, op, ": ", name, " of shape ", shape_of(out), " has strides (", out.row_stride, ", ", out.col_stride,
+        "): its elements share memory");
 }
 
 inline void check_apart(const char* op, const char* out_name, const Matrix& out, const char* name, const Matrix& in) {
-  check(!Extent(out).overlaps(Extent(in)), op, ": ", out_name, " overlaps ", name, " in memory");
+  check(!overlap(out, in), op, ": ", out_name, " overlaps ", name, " in memory");
 }
 
 inline void check_gemm(const char* op, const GemmProblem& p) {
@@ -69,8 +73,8 @@ inline void check_cast(const char* op, const CastProblem& p, bool to_fp8, bool g
   const char* x = to_fp8 ? "x" : "out";
   check<TypeError>(is_float(p.x.dtype), op, ": ", x, " has dtype ", name_of(p.x.dtype), "; it is f32, f16 or bf16");
   check<TypeError>(is_fp8(p.q.dtype), op, ": ", q, " has dtype ", name_of(p.q.dtype), "; it is e4m3fn, e4m3fnuz or e5m2");
-  check(p.x.rows == p.q.rows && p.x.cols == p.q.cols * (gated ? 2 : 1), op, ": ", x, " has shape ", shape_of(p.x),
-        " and ", q, " ", shape_of(p.q), gated ? "; x holds a gate and an up half for every output column" : "");
+  check(p.x.rows == p.q.rows && p.x.cols == p.q.cols * (gated ? 2 : 1), op, ": out has shape ",
+        shape_of(to_fp8 ? p.q : p.x), " and x ", shape_of(to_fp8 ? p.x : p.q), gated ? "; x holds a gate and an up half for every output column" : "");
   check_grid(op, q, p.q, p.scale);
   const Matrix& out = to_fp8 ? p.q : p.x;
   check_output(op, "out", out);

@@ -43,4 +43,17 @@ struct Extent {
   bool overlaps(const Extent& other) const { return first < other.last && other.first < last; }
 };
 
+// Whether two matrices share a byte. Columns of one buffer interleave without sharing any: row-major
+// matrices of one pitch are apart when their rows lie side by side within it.
+inline bool overlap(const Matrix& a, const Matrix& b) {
+  if (!Extent(a).overlaps(Extent(b))) return false;
+  if (a.col_stride != 1 || b.col_stride != 1) return true;
+  const int64_t pitch_a = a.row_stride * size_of(a.dtype), pitch_b = b.row_stride * size_of(b.dtype);
+  const int64_t pitch = a.rows > 1 ? pitch_a : pitch_b;
+  if (pitch <= 0 || (b.rows > 1 && pitch_b != pitch)) return true;
+  const int64_t width_a = a.cols * size_of(a.dtype), width_b = b.cols * size_of(b.dtype);
+  const int64_t shift = ((b.data - a.data) % pitch + pitch) % pitch;  // of b's rows against a's
+  return shift < width_a || shift + width_b > pitch;
+}
+
 }  // namespace moekern

@@ -27,8 +27,11 @@ _ML_DTYPES = {
 }
 
 
-def as_tensor(x: Any) -> torch.Tensor:
-    """A torch view of any array that speaks DLPack (numpy, CuPy, JAX), ml_dtypes' formats included."""
+def as_tensor(x: Any, what: str = "operand") -> torch.Tensor:
+    """A torch view of any array that speaks DLPack (numpy, CuPy, JAX), ml_dtypes' formats included.
+
+    Raises TypeError, beginning with `what`.
+    """
     if isinstance(x, torch.Tensor):
         return x
     name = str(getattr(x, "dtype", ""))
@@ -36,8 +39,23 @@ def as_tensor(x: Any) -> torch.Tensor:
         dtype = _ML_DTYPES[name]
         return torch.from_dlpack(x.view("int16" if dtype.itemsize == 2 else "uint8")).view(dtype)
     if not hasattr(x, "__dlpack__"):
-        raise TypeError(f"expected a tensor or an array that speaks DLPack, got {type(x).__name__}")
-    return torch.from_dlpack(x)
+        raise TypeError(f"{what} is a {type(x).__name__}; it must be a tensor or an array that speaks DLPack")
+    try:
+        return torch.from_dlpack(x)
+    except (BufferError, RuntimeError) as error:
+        raise TypeError(f"{what} is a {type(x).__name__} of {name} that DLPack cannot pass on: {error}") from error
+
+
+def as_scaled(x: Any, what: str = "operand") -> ScaledTensor:
+    """A ScaledTensor, or the one that a (data, scale) pair stands for. Errors begin with `what`."""
+    if type(x) is ScaledTensor:
+        return x
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        raise TypeError(f"{what} is a {type(x).__name__}; it must be a ScaledTensor or a (data, scale) pair")
+    try:
+        return ScaledTensor(*x)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{what}.{error}") from None
 
 
 def infer_block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
@@ -51,7 +69,7 @@ def infer_block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, in
         if scale == (-(-rows // max(block[0], 1)), -(-cols // max(block[1], 1))):
             return (max(block[0], 1), max(block[1], 1))
     raise ValueError(
-        f"a scale of shape {list(scale)} fits no known block of data {list(shape)}: 1x128 takes "
+        f"scale has shape {list(scale)}, which fits no known block of data {list(shape)}: 1x128 takes "
         f"{[rows, -(-cols // BLOCK)]}, 128x128 {[-(-rows // BLOCK), -(-cols // BLOCK)]}, per row {[rows, 1]}, "
         "per tensor [1, 1]; name any other with ScaledTensor(data, scale, block=(rows, columns))"
     )
@@ -61,18 +79,41 @@ def parts(x: Any) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
     """(data, scale [rows, columns], block) of a ScaledTensor or a (data, scale) pair."""
     if isinstance(x, ScaledTensor):
         return x.data, x.scale, x.block
-    data, scale = as_tensor(x[0]), as_tensor(x[1])
-    return _normalised(data, scale, None)
+    return parts(as_scaled(x))
 
 
 def _normalised(
     data: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    if data.dtype not in FORMATS:
+        raise TypeError(f"data has dtype {data.dtype}; it is one of {', '.join(map(str, FORMATS))}")
+    if scale.dtype not in (torch.float32, torch.float8_e8m0fnu):
+        raise TypeError(f"scale has dtype {scale.dtype}; it is torch.float32 or torch.float8_e8m0fnu")
     if data.dim() != 2:
         raise ValueError(f"data has shape {list(data.shape)}; it must have 2 dimensions")
+    if scale.dim() > 2:
+        raise ValueError(f"scale has shape {list(scale.shape)}; it has at most 2 dimensions")
     if scale.dim() < 2:  # a scalar, or one scale per row
         scale = scale.reshape(-1, 1)
-    return data, scale, block or infer_block(tuple(data.shape), tuple(scale.shape))
+    if block is None:
+        return data, scale, infer_block(tuple(data.shape), tuple(scale.shape))
+    return data, scale, _checked_block(block, tuple(data.shape), tuple(scale.shape))
+
+
+def _checked_block(block: Any, shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
+    if not (
+        isinstance(block, (tuple, list))
+        and len(block) == 2
+        and all(isinstance(extent, (int, torch.SymInt)) and extent > 0 for extent in block)
+    ):
+        raise ValueError(f"block is {block!r}; it is (rows, columns), two positive integers")
+    rows, cols = block
+    if scale != (-(-shape[0] // rows), -(-shape[1] // cols)):
+        raise ValueError(
+            f"scale has shape {list(scale)}; data {list(shape)} in blocks of {rows} x {cols} takes "
+            f"{[-(-shape[0] // rows), -(-shape[1] // cols)]}"
+        )
+    return rows, cols
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +136,7 @@ class ScaledTensor:
 
     def __post_init__(self) -> None:
         block = self.block if self.block != (0, 0) else None
-        data, scale, block = _normalised(as_tensor(self.data), as_tensor(self.scale), block)
-        if data.dtype not in FORMATS:
-            raise TypeError(f"data has dtype {data.dtype}; it is one of {', '.join(map(str, FORMATS))}")
+        data, scale, block = _normalised(as_tensor(self.data, "data"), as_tensor(self.scale, "scale"), block)
         object.__setattr__(self, "data", data)
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "block", block)

@@ -8,15 +8,13 @@ import torch
 
 from moekern import _C
 from moekern.op import op
-from moekern.scaled import ScaledTensor, as_tensor
+from moekern.scaled import ScaledTensor, as_scaled, as_tensor
 
 Operand = Any  # ScaledTensor, (data, scale), or a float tensor
 
 
-def _operand(x: Operand) -> Operand:
-    if isinstance(x, (tuple, list)):
-        return ScaledTensor(*x)
-    return as_tensor(x)
+def _operand(x: Operand, what: str) -> Operand:
+    return as_scaled(x, what) if isinstance(x, (ScaledTensor, tuple, list)) else as_tensor(x, what)
 
 
 def _prepare(
@@ -28,13 +26,13 @@ def _prepare(
     out_dtype: torch.dtype | None = None,
 ) -> tuple:
     if type(a) is not ScaledTensor:
-        a = _operand(a)
+        a = _operand(a, "fp8_gemm_nt: a")
     if type(b) is not ScaledTensor:
-        b = _operand(b)
+        b = _operand(b, "fp8_gemm_nt: b")
     if c is not None:
-        c = as_tensor(c)
+        c = as_tensor(c, "fp8_gemm_nt: c")
     if bias is not None:
-        bias = as_tensor(bias)
+        bias = as_tensor(bias, "fp8_gemm_nt: bias")
     return _C.prepare_gemm(a, b, c, bias, out, out_dtype)
 
 
@@ -75,20 +73,23 @@ def fp8_gemm_nt(
     return sums
 
 
-def _transposed(x: Operand) -> Operand:
-    return _operand(x).T
+def _transposed(x: Operand, what: str) -> Operand:
+    x = _operand(x, what)
+    if len(x.shape) != 2:
+        raise ValueError(f"{what} has {len(x.shape)} dimensions; it must have 2")
+    return x.T
 
 
 def fp8_gemm_nn(a: Operand, b: Operand, **options: Any) -> torch.Tensor:
     """D = A B + C: `fp8_gemm_nt` with b [K, N]. Its scale grid is transposed with it."""
-    return fp8_gemm_nt(a, _transposed(b), **options)
+    return fp8_gemm_nt(a, _transposed(b, "fp8_gemm_nn: b"), **options)
 
 
 def fp8_gemm_tn(a: Operand, b: Operand, **options: Any) -> torch.Tensor:
     """D = A^T B + C: `fp8_gemm_nt` with a [K, M] and b [K, N]."""
-    return fp8_gemm_nt(_transposed(a), _transposed(b), **options)
+    return fp8_gemm_nt(_transposed(a, "fp8_gemm_tn: a"), _transposed(b, "fp8_gemm_tn: b"), **options)
 
 
 def fp8_gemm_tt(a: Operand, b: Operand, **options: Any) -> torch.Tensor:
     """D = A^T B^T + C: `fp8_gemm_nt` with a [K, M]."""
-    return fp8_gemm_nt(_transposed(a), b, **options)
+    return fp8_gemm_nt(_transposed(a, "fp8_gemm_tt: a"), b, **options)

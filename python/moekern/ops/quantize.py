@@ -8,7 +8,7 @@ import torch
 
 from moekern import _C
 from moekern.op import op
-from moekern.scaled import BLOCK, DTYPES, MAX, ScaledTensor, as_tensor
+from moekern.scaled import BLOCK, DTYPES, MAX, ScaledTensor, as_scaled, as_tensor
 
 SMALLEST_AMAX = 1e-4  # DeepSeek-V3's and DeepGEMM's clamp: an all-zero block gets a finite scale
 
@@ -35,7 +35,7 @@ def round_to_fp8(y: torch.Tensor, format: str) -> torch.Tensor:
     codes = torch.arange(128, dtype=torch.uint8)
     values = codes.view(DTYPES[format]).to(torch.float64)
     finite = values[values.isfinite()]  # ascending, code == index
-    magnitude = y.to(torch.float64).abs().nan_to_num(nan=0.0).clamp(max=MAX[format])
+    magnitude = y.to(torch.float64).abs().nan_to_num(nan=0.0).clamp(max=MAX[format]).contiguous()
     above = torch.searchsorted(finite, magnitude).clamp(max=len(finite) - 1)
     below = (above - 1).clamp(min=0)
     to_above, to_below = finite[above] - magnitude, magnitude - finite[below]
@@ -52,7 +52,9 @@ def round_to_fp8(y: torch.Tensor, format: str) -> torch.Tensor:
 
 def _prepare_block(name: str, block: tuple[int, int], gated: bool = False) -> Any:
     def prepare(x: Any, format: str = "e4m3fn", round_scale_up: bool = False, out: ScaledTensor | None = None) -> tuple:
-        x, out = _C.prepare_cast(name, as_tensor(x), out, format, *block, gated)
+        if not isinstance(round_scale_up, bool):
+            raise TypeError(f"{name}: round_scale_up is {round_scale_up!r}; it is True or False")
+        x, out = _C.prepare_cast(name, as_tensor(x, f"{name}: x"), out, format, *block, gated)
         return x, out.format, round_scale_up, out
 
     return prepare
@@ -111,9 +113,7 @@ def silu_mul_cast_to_fp8(
 def _prepare_dequantize(
     x: Any, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
 ) -> tuple:
-    if type(x) is not ScaledTensor:
-        x = ScaledTensor(*x)
-    x, out = _C.prepare_dequantize(x, out, out_dtype)
+    x, out = _C.prepare_dequantize(as_scaled(x, "dequantize: x"), out, out_dtype)
     return x, out, out_dtype
 
 

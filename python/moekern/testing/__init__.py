@@ -1,0 +1,1 @@
+"""What every kernel is held to: the problems (cases) and the three checks (numerics)."""

@@ -1,0 +1,54 @@
+"""Which kernels ran: said at the end of every session, and a failure where one should have and did not.
+
+A kernel whose features this machine has must have run, if a test that uses it was selected.
+MOEKERN_EXPECT_KERNELS (kernel names, comma-separated) makes the list exact: every op that has a
+kernel of such a name must have run it, and no other may have run. CI sets it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import executors
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        executor = getattr(item, "callspec", None) and item.callspec.params.get("executor")
+        if executor:
+            executors.asked[str(executor)] = executor
+
+
+def missing_kernels() -> list[str]:
+    """What is wrong with the list of kernels that ran, in words."""
+    wrong = []
+    wanted = {name.strip() for name in os.environ.get("MOEKERN_EXPECT_KERNELS", "").split(",") if name.strip()}
+    for name, executor in sorted(executors.asked.items()):
+        if executor.name in wanted or (not wanted and not executor.absent):
+            if not executors.ran[name]:
+                wrong.append(f"{name} did not run: {executor.absent or 'every call was refused, failed or was deselected'}")
+        elif wanted and executors.ran[name]:
+            wrong.append(f"{name} ran, but MOEKERN_EXPECT_KERNELS does not list it")
+    known = {executor.name for executor in executors.asked.values()}
+    return wrong + [f"MOEKERN_EXPECT_KERNELS lists {name}, which no op has" for name in sorted(wanted - known)]
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if executors.asked and not session.config.option.collectonly and exitstatus == pytest.ExitCode.OK and missing_kernels():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not executors.asked or terminalreporter.config.option.collectonly:
+        return
+    terminalreporter.section("kernels that ran")
+    for name in sorted(executors.ran):
+        terminalreporter.line(f"{name}: {executors.ran[name]} calls")
+    for problem in missing_kernels():
+        terminalreporter.line(f"ERROR {problem}", red=True)

@@ -1,0 +1,74 @@
+"""Who computes a call in the tests: every kernel of every op, and who knows whether it could run.
+
+`sources` is the one place to plug in kernels that run elsewhere (another ISA under an emulator):
+append a function (op) -> list of Executor in conftest.py.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import moekern
+from moekern.op import Op, device_of
+from moekern.ops import OPS
+
+
+@dataclass(frozen=True)
+class Executor:
+    """Computes calls of one op with one kernel. `run` and `why_not` take what the op takes."""
+
+    op: Op
+    name: str
+    run: Callable[..., Any]
+    absent: str | None  # why the kernel cannot run on this machine at all
+    why_not: Callable[..., str | None]  # why it cannot take this call
+
+    def __str__(self) -> str:
+        return f"{self.op.name}={self.name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The op's result, or a skip that says why this kernel does not take the call."""
+        if reason := self.absent or self.why_not(*args, **kwargs):
+            pytest.skip(f"{self.name} {reason}")
+        result = self.run(*args, **kwargs)
+        ran[str(self)] += 1
+        return result
+
+
+ran: Counter[str] = Counter()
+asked: dict[str, Executor] = {}  # every executor of a collected test
+
+
+def this_machine(op: Op) -> list[Executor]:
+    """Every kernel of `op`, forced by name."""
+    device = moekern.devices()[0]
+
+    def executor(kernel: moekern.Kernel) -> Executor:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with moekern.use(kernel={op.name: kernel.name}):
+                return op(*args, **kwargs)
+
+        def why_not(*args: Any, **kwargs: Any) -> str | None:
+            call = op.prepare(*args, **kwargs)
+            return kernel.why_not(device_of(call[op.output_index]), *call)
+
+        return Executor(op, kernel.name, run, kernel.lacks(device), why_not)
+
+    return [executor(kernel) for kernel in op.kernels]
+
+
+sources: list[Callable[[Op], list[Executor]]] = [this_machine]
+
+
+def executors(*ops: Op) -> list[Executor]:
+    return [executor for op in ops or OPS for source in sources for executor in source(op)]
+
+
+def of(*ops: Op) -> pytest.MarkDecorator:
+    """Parametrises `executor` with every kernel of the ops; all ops when none is named."""
+    return pytest.mark.parametrize("executor", executors(*ops), ids=str)

@@ -1,0 +1,121 @@
+"""Rounding to FP8, value by value, against integer arithmetic that shares nothing with the library."""
+
+from __future__ import annotations
+
+import executors
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+import moekern
+from moekern.ops.quantize import round_to_fp8
+from moekern.scaled import BLOCK, DTYPES, MAX
+from moekern.testing.cases import FLOATS
+
+LAYOUT = {"e4m3fn": (3, 7), "e4m3fnuz": (3, 8), "e5m2": (2, 15)}  # mantissa bits, bias
+
+
+def integer_round(x: np.ndarray, format: str) -> np.ndarray:
+    """f32 -> code of the nearest value, ties to even, saturating; the sign of a zero stays. No NaN in x.
+
+    |x| = significand * 2^(exponent - 150). The format's grid at |x| has steps of 2^step; the quotient
+    by that step is rounded in integers, and renormalised when it reaches the next binade.
+    """
+    mantissa_bits, bias = LAYOUT[format]
+    word = x.astype(np.float32).view(np.uint32).astype(np.int64)
+    exponent = np.maximum(word >> 23 & 0xFF, 1)
+    significand = np.where((word >> 23 & 0xFF) > 0, word & 0x7FFFFF | 0x800000, word & 0x7FFFFF)
+    step = np.maximum(exponent - 127, 1 - bias) - mantissa_bits
+    shift = np.minimum(step - (exponent - 150), 40)  # > 0: f32 is finer than any of these formats
+    quotient, remainder = significand >> shift, significand & ((1 << shift) - 1)
+    half = 1 << (shift - 1)
+    quotient += (remainder > half) | ((remainder == half) & (quotient & 1 == 1))
+    binade = np.maximum(step + mantissa_bits + bias - 1, 0)  # 0 for subnormals and the first normal binade
+    code = (binade << mantissa_bits) + quotient
+    code = np.where(np.isinf(x), 255, code)
+    largest = {"e4m3fn": 0x7E, "e4m3fnuz": 0x7F, "e5m2": 0x7B}[format]
+    code = np.minimum(code, largest) | (word >> 31 & 1) << 7
+    return np.where((format == "e4m3fnuz") & (code == 0x80), 0, code).astype(np.uint8)
+
+
+def every_value(dtype: str) -> torch.Tensor:
+    """All finite bf16 or f16 values; for f32 random bits, and the neighbourhood of every rounding boundary."""
+    if dtype != "f32":
+        x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(FLOATS[dtype])
+        return x[x.isfinite()]
+    g = torch.Generator().manual_seed(0)
+    parts = [torch.randint(-(2**31), 2**31, (1 << 15,), generator=g).to(torch.int32)]
+    for format in DTYPES.values():
+        values = torch.arange(256, dtype=torch.uint8).view(format).double()
+        values = values[values.isfinite()].sort().values
+        edges = torch.cat([values, (values[1:] + values[:-1]) / 2]).float().view(torch.int32)
+        parts += [edges + offset for offset in (-1, 0, 1)]
+    x = torch.cat(parts).view(torch.float32)
+    return x[x.isfinite()]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("format", DTYPES)
+def test_reference_is_integer_exact(format: str, dtype: str) -> None:
+    x = every_value(dtype).float()
+    got = round_to_fp8(x, format).view(torch.uint8).numpy()
+    assert np.array_equal(got, integer_round(x.numpy(), format))
+
+
+@pytest.mark.parametrize("format", DTYPES)
+def test_integer_rounding_agrees_with_ml_dtypes(format: str) -> None:
+    """Where the rules are the same: ml_dtypes overflows to NaN or infinity, a cast here saturates."""
+    x = every_value("f32").numpy()
+    x = x[np.abs(x) <= MAX[format]]
+    theirs = x.astype(getattr(ml_dtypes, f"float8_{format}")).view(np.uint8)
+    assert np.array_equal(theirs, integer_round(x, format))
+
+
+@executors.of(moekern.per_token_cast_to_fp8)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("format", DTYPES)
+def test_every_value_at_scale_one(executor: executors.Executor, format: str, dtype: str) -> None:
+    """A block whose largest value is the format's maximum has scale 1: its codes are those of the values."""
+    x = every_value(dtype)
+    x = x[x.abs().float() <= MAX[format]]
+    x = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).reshape(-1, BLOCK - 1)
+    largest = torch.full((len(x), 1), MAX[format], dtype=x.dtype)
+    x = torch.cat([x, largest], dim=1)
+    q, scale = executor(x, format)
+    assert (scale == 1).all()
+    assert np.array_equal(q.view(torch.uint8).numpy(), integer_round(x.float().numpy(), format))
+
+
+@executors.of(moekern.per_token_cast_to_fp8)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("format", DTYPES)
+def test_every_value_with_its_own_scale(executor: executors.Executor, format: str, dtype: str) -> None:
+    """One value a row: s = max(|x|, 1e-4) / max, q = rne(x * (1 / s)), in numpy's f32."""
+    x = every_value(dtype).unsqueeze(1)
+    q, scale = executor(x, format)
+    values = x.float().numpy()
+    expected = np.maximum(np.abs(values), np.float32(1e-4)) / np.float32(MAX[format])
+    assert np.array_equal(scale.numpy(), expected)
+    with np.errstate(over="ignore"):
+        assert np.array_equal(q.view(torch.uint8).numpy(), integer_round(values * (np.float32(1) / expected), format))
+
+
+@executors.of(moekern.dequantize)
+@pytest.mark.parametrize("format", DTYPES)
+def test_every_code_decodes(executor: executors.Executor, format: str) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).reshape(2, 128)
+    theirs = codes.numpy().view(getattr(ml_dtypes, f"float8_{format}")).astype(np.float32)
+    out = executor((codes.view(DTYPES[format]), torch.ones(2, 1)))
+    assert np.array_equal(out.numpy(), theirs, equal_nan=True)
+    finite = np.isfinite(theirs)
+    assert np.array_equal(np.signbit(out.numpy())[finite], np.signbit(theirs)[finite])
+
+
+@pytest.mark.parametrize("format", DTYPES)
+def test_round_trip(format: str) -> None:
+    """Every finite code comes back from a cast of its own value."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(DTYPES[format]).float()
+    codes, values = codes[values.isfinite()], values[values.isfinite()]
+    assert torch.equal(round_to_fp8(values, format).view(torch.uint8), codes)
