@@ -11,6 +11,8 @@ using RegionFn = void (*)(void* context);
 // Runs fn on up to `threads` threads at once, the caller's among them, and returns when all are done.
 void run_region(int threads, RegionFn fn, void* context);
 
+const char* thread_team();  // whose threads those are
+
 // body(task) for every task in [0, tasks), handed out one at a time: on a shared machine the threads
 // are never equally fast. A task's result may not depend on which thread runs it.
 template <class Body>
