@@ -51,19 +51,15 @@ try:
     from moekern.scaled import ScaledTensor
 
     # After the ops, which backends add kernels to.
-    from moekern import backends as _backends  # isort: skip
-    from moekern import library as _library  # isort: skip
+    from moekern.backends import devices  # isort: skip
+    from moekern.backends import load as _load_backends  # isort: skip
+    from moekern.library import register as _register_operators  # isort: skip
 
-    _backends.load()
-    _library.register()
+    _load_backends()
+    _register_operators()
     _from_environment()
 except Exception as error:
     # `python -m moekern info` tells what is wrong, and Python imports this package before it.
     if not _serves_command():
         raise
     _import_error = error
-
-
-def devices() -> list[Device]:
-    """Every device that a backend found, the CPU first. `python -m moekern info` says why others are absent."""
-    return [device for backend in _backends.loaded.values() for device in backend.devices]

@@ -50,7 +50,12 @@ def _moekern() -> dict[str, Any]:
 def _native_module() -> dict[str, Any]:
     from moekern import _C
 
-    return {"location": _C.__file__, "compiler": _C.compiler, "dlpack_exchange_table": _C.uses_exchange_table()}
+    connected = import_error() is None  # only then is it known how tensors will be read
+    return {
+        "location": _C.__file__,
+        "compiler": _C.compiler,
+        "dlpack_exchange_table": _C.uses_exchange_table() if connected else None,
+    }
 
 
 def _python() -> dict[str, str]:
@@ -155,13 +160,14 @@ def as_json(report: dict[str, Any]) -> str:
 
 
 def as_text(report: dict[str, Any]) -> str:
-    return "\n".join(line for name, write in _SECTIONS.items() for line in _section(report[name], name, write))
-
-
-def _section(part: dict[str, Any], name: str, write: Callable[[Any], list[str]]) -> list[str]:
-    if "error" in part:
-        return [f"{name:<8} {part['error']}"]
-    return write(part)
+    lines: list[str] = []
+    for name, write in _SECTIONS.items():
+        part = report[name]
+        if "error" not in part:
+            lines += write(part)
+        elif part["error"] != report["moekern"].get("import_error"):  # said once, in the second line
+            lines.append(f"{name.replace('_', ' ')}: {part['error']}")
+    return "\n".join(lines)
 
 
 def _titled(title: str, lines: list[str]) -> list[str]:
@@ -174,8 +180,11 @@ def _moekern_text(part: dict[str, Any]) -> list[str]:
 
 
 def _native_module_text(part: dict[str, Any]) -> list[str]:
-    table = "through torch's exchange table" if part["dlpack_exchange_table"] else "one attribute at a time (torch < 2.10)"
-    return [f"         {part['location']} ({part['compiler']})", f"         reads tensors {table}"]
+    lines = [f"         {part['location']} ({part['compiler']})"]
+    if part["dlpack_exchange_table"] is not None:
+        table = "through torch's DLPack exchange table" if part["dlpack_exchange_table"] else "by attribute (torch < 2.10)"
+        lines.append(f"         reads tensors {table}")
+    return lines
 
 
 def _system_text(part: dict[str, Any]) -> list[str]:
@@ -189,7 +198,7 @@ def _backends_text(part: dict[str, Any]) -> list[str]:
             lines.append(f"{name:<8}absent: {backend['absent']}")
         for d in backend["devices"]:
             lines.append(f"{name:<8}{d['index']}: {d['name']} ({', '.join([d['arch'], *d['features']])})")
-    return _titled("Devices", lines)
+    return _titled("Devices", lines) if lines else []
 
 
 def _kernels_text(part: dict[str, Any]) -> list[str]:
