@@ -68,6 +68,8 @@ def fp8_gemm_nt(
 
     Raises ValueError or TypeError naming the argument. See moekern.fp8_gemm_nt for the arithmetic.
     """
+    if d is None:
+        raise TypeError("fp8_gemm_nt: d is None; the caller allocates it")
     block_a, block_b = _blocks(b[1], recipe, recipe_a, recipe_b)
     moekern.fp8_gemm_nt(_operand("a", a, block_a), _operand("b", b, block_b), c, None, d)
 
@@ -132,14 +134,14 @@ def _block(name: str, recipe: HalfRecipe) -> HalfRecipe:
 
 def _operand(name: str, x: Scaled, block: HalfRecipe) -> ScaledTensor:
     data, scale = x
-    blocks = ceil_div(data.shape[1], block[1])
-    if scale.dtype == torch.int32:
+    if scale.dtype == torch.int32 and data.dim() == 2:
+        blocks = ceil_div(data.shape[1], block[1])
         if scale.shape != (packed := (ceil_div(data.shape[0], block[0]), ceil_div(blocks, 4))):
             raise ValueError(
                 f"fp8_gemm_nt: the int32 scale of {name} has shape {list(scale.shape)}; four ue8m0 a word take {list(packed)}"
             )
         # A word is four neighbours along k, the first in the lowest byte; only a row-major copy shows them as such.
-        scale = scale.contiguous().view(torch.float8_e8m0fnu)[:, :blocks]
+        scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float8_e8m0fnu)[:, :blocks]
     return ScaledTensor(data, scale, block)
 
 
