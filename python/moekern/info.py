@@ -102,12 +102,7 @@ def _kernels() -> dict[str, Any]:
     from moekern.ops import OPS
 
     devices = moekern.devices()
-
-    def why_not(kernel: moekern.Kernel) -> str | None:
-        reasons = [kernel.lacks(device) for device in devices if device.kind == kernel.kind]
-        return None if None in reasons else reasons[0] if reasons else f"no {kernel.kind} device"
-
-    return {op.name: [{"name": kernel.name, "why_not": why_not(kernel)} for kernel in op.kernels] for op in OPS}
+    return {op.name: [{"name": kernel.name, "why_not": kernel.absent(devices)} for kernel in op.kernels] for op in OPS}
 
 
 def _threads() -> dict[str, Any]:

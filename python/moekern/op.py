@@ -52,6 +52,11 @@ class Kernel:
             return f"needs {', '.join(sorted(missing))}"
         return None
 
+    def absent(self, devices: list[Device]) -> str | None:
+        """Why none of these devices can run this kernel, or None."""
+        reasons = [self.lacks(device) for device in devices if device.kind == self.kind]
+        return None if None in reasons else reasons[0] if reasons else f"no {self.kind} device"
+
     def why_not(self, device: Device, *args: Any) -> str | None:
         """Why this kernel cannot take this call, or None."""
         return self.lacks(device) or self.refuses(*args)
