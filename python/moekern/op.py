@@ -89,7 +89,7 @@ class Op:
     canonical form and allocates the output, once; it returns the spec's parameters in order.
     """
 
-    def __init__(self, spec: Callable[..., Any], prepare: Callable[..., tuple], output: str) -> None:
+    def __init__(self, spec: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]], output: str) -> None:
         functools.update_wrapper(self, spec)
         self.name: str = spec.__name__
         self.reference = spec
@@ -166,7 +166,7 @@ class Op:
         return call[self.output_index]
 
 
-def op(*, prepare: Callable[..., tuple], output: str = "out") -> Callable[[Callable[..., Any]], Op]:
+def op(*, prepare: Callable[..., tuple[Any, ...]], output: str = "out") -> Callable[[Callable[..., Any]], Op]:
     return lambda spec: Op(spec, prepare, output)
 
 
@@ -182,7 +182,7 @@ def _plain(x: Any, grad: bool) -> bool:
     return not isinstance(x, torch.Tensor)
 
 
-def _eager(args: tuple, kwargs: dict[str, Any]) -> bool:
+def _eager(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     grad = torch.is_grad_enabled()
     for x in args:
         if not _plain(x, grad):
@@ -202,7 +202,7 @@ def register_device(where: torch.device, device: Device) -> None:
 
 
 def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
-    tensor = operand.data if type(operand) is ScaledTensor else operand
+    tensor = operand.data if isinstance(operand, ScaledTensor) else operand
     try:
         return _devices[tensor.device]
     except KeyError:

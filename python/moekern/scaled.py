@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 BLOCK = 128
 
@@ -34,10 +35,10 @@ def as_tensor(x: Any) -> torch.Tensor:
     name = str(getattr(x, "dtype", ""))
     if name in _ML_DTYPES and hasattr(x, "view"):  # numpy exports these formats only as integers
         dtype = _ML_DTYPES[name]
-        return torch.from_dlpack(x.view("int16" if dtype.itemsize == 2 else "uint8")).view(dtype)
+        return from_dlpack(x.view("int16" if dtype.itemsize == 2 else "uint8")).view(dtype)
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"expected a tensor or an array that speaks DLPack, got {type(x).__name__}")
-    return torch.from_dlpack(x)
+    return from_dlpack(x)
 
 
 def infer_block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
