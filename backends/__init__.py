@@ -44,3 +44,8 @@ def load() -> None:
         for device in found:
             for where in module.torch_devices(device):
                 register_device(torch.device(where), device)
+
+
+def devices() -> list[Device]:
+    """Every device that a backend found, the CPU first. `python -m moekern info` says why others are absent."""
+    return [device for backend in loaded.values() for device in backend.devices]

@@ -367,7 +367,7 @@ py::frozenset names_of(uint64_t bits, const Table<Feature>& features) {
   return py::frozenset(names);
 }
 
-// {"features": (), "fp8_gemm_nt": [(name, needs, run, refuses)], "cast": [(name, needs, cast, silu_mul_cast, dequantize)]}
+// {"features": (), "thread_team": (), "fp8_gemm_nt": [(name, needs, run, refuses)], "cast": [(name, needs, cast, silu_mul_cast, dequantize)]}
 py::dict rows_of(const Backend& backend) {
   py::list gemm, cast;
   for (const GemmKernel& k : backend.gemm) {
@@ -389,6 +389,7 @@ py::dict rows_of(const Backend& backend) {
   }
   py::dict rows;
   rows["features"] = py::cpp_function([&backend] { return names_of(backend.detect_features(), backend.features); });
+  rows["thread_team"] = py::cpp_function(backend.thread_team);
   rows["fp8_gemm_nt"] = gemm;
   rows["cast"] = cast;
   return rows;
@@ -412,6 +413,11 @@ PYBIND11_MODULE(_C, m) {
   using namespace moekern;
   py::register_exception<ValueError>(m, "ValueError", PyExc_ValueError);
   py::register_exception<TypeError>(m, "TypeError", PyExc_TypeError);
+#if defined(__clang__)
+  m.attr("compiler") = __VERSION__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
   m.def("connect", &connect);
   m.def("uses_exchange_table", [] { return runtime().exchange != nullptr; });
   m.def("prepare_gemm", &prepare_gemm);

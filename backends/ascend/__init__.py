@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
-
 from moekern.op import Device
 
 
 def probe() -> list[Device] | str:
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
-    import torch_npu  # noqa: F401  registers torch.npu
+    from torch_npu import npu
 
-    if not torch.npu.is_available():
+    if not npu.is_available():
         return "torch_npu finds no NPU"
     return [
-        Device("npu", torch.npu.get_device_name(index).lower(), index=index, name=torch.npu.get_device_name(index))
-        for index in range(torch.npu.device_count())
+        Device("npu", npu.get_device_name(index).lower(), index=index, name=npu.get_device_name(index))
+        for index in range(npu.device_count())
     ]
 
 

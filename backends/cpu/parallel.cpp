@@ -65,6 +65,17 @@ GompParallel find_torch_openmp() {
   return torch ? reinterpret_cast<GompParallel>(dlsym(torch, "GOMP_parallel")) : nullptr;
 }
 
+std::atomic<bool> forked{false};
+
+// The team to borrow, or null where ours is to be used.
+GompParallel torch_openmp() {
+  static std::atomic<GompParallel> openmp{nullptr};
+  if (forked) return nullptr;
+  GompParallel parallel = openmp.load(std::memory_order_relaxed);
+  if (!parallel && (parallel = find_torch_openmp())) openmp = parallel;
+  return parallel;
+}
+
 // Workers that sleep on a condition variable: for a process without torch's OpenMP, and for a
 // forked child, where libgomp's threads no longer exist but libgomp does not know.
 class Team {
@@ -113,7 +124,6 @@ class Team {
 
 // Never destroyed: workers sleep in it until the process ends. A forked child starts a new one.
 std::atomic<Team*> team{nullptr};
-std::atomic<bool> forked{false};
 
 void after_fork_in_child() {
   forked = true;
@@ -140,12 +150,12 @@ void run_region(int threads, RegionFn fn, void* context) {
   if (threads <= 1) return region.run();
   static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
   (void)registered;
-  static std::atomic<GompParallel> openmp{nullptr};
-  GompParallel parallel = openmp.load(std::memory_order_relaxed);
-  if (!parallel && !forked && (parallel = find_torch_openmp())) openmp = parallel;
-  if (parallel && !forked) return parallel(run_region_thunk, &region, static_cast<unsigned>(threads), 0);
+  if (GompParallel parallel = torch_openmp())
+    return parallel(run_region_thunk, &region, static_cast<unsigned>(threads), 0);
   own_team().run(threads, region);
 }
+
+const char* thread_team() { return torch_openmp() ? "torch's OpenMP" : "moekern's own"; }
 
 void* scratch(Slot slot, size_t bytes) {
   static thread_local Buffer buffers[static_cast<int>(Slot::count)];

@@ -11,6 +11,8 @@ using RegionFn = void (*)(void* context);
 // Runs fn on up to `threads` threads at once, the caller's among them, and returns when all are done.
 void run_region(int threads, RegionFn fn, void* context);
 
+const char* thread_team();  // whose threads those are
+
 // Each thread walks a contiguous share of the tasks, so that what it prefetches past the end of one
 // is the next; a thread that is done early takes tasks from the others' shares. On a shared machine
 // threads are never equally fast.

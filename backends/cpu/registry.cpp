@@ -1,6 +1,7 @@
 // Turns kernels.inc into rows of data for csrc/bindings.cpp.
 #include "cpu/features.h"
 #include "cpu/gemm/driver.h"
+#include "cpu/parallel.h"
 #include "cpu/quant/driver.h"
 
 namespace moekern::cpu {
@@ -49,7 +50,8 @@ const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
                                 {kFeatures, sizeof kFeatures / sizeof *kFeatures},
-                                detect_features};
+                                detect_features,
+                                thread_team};
   return instance;
 }
 

@@ -1,32 +1,65 @@
 """moekern: FP8 GEMM and Mixture-of-Experts kernels for the device you have."""
 
-from moekern import runtime as _runtime  # first: connects _C to torch
-from moekern.op import Device, Kernel, NotSupported, Op
-from moekern.ops import (
-    dequantize,
-    fp8_gemm_nn,
-    fp8_gemm_nt,
-    fp8_gemm_tn,
-    fp8_gemm_tt,
-    per_block_cast_to_fp8,
-    per_channel_cast_to_fp8,
-    per_token_cast_to_fp8,
-    silu_mul_cast_to_fp8,
-)
-from moekern.policy import explain, use
-from moekern.scaled import ScaledTensor
+import os as _os
+import sys as _sys
 
 __version__ = "0.1.0"
+__all__ = [
+    "Device",
+    "Kernel",
+    "NotSupported",
+    "Op",
+    "ScaledTensor",
+    "dequantize",
+    "devices",
+    "explain",
+    "fp8_gemm_nn",
+    "fp8_gemm_nt",
+    "fp8_gemm_tn",
+    "fp8_gemm_tt",
+    "per_block_cast_to_fp8",
+    "per_channel_cast_to_fp8",
+    "per_token_cast_to_fp8",
+    "silu_mul_cast_to_fp8",
+    "use",
+]
 
-from moekern import backends as _backends  # noqa: E402  after the ops, which backends add kernels to
-from moekern import library as _library  # noqa: E402
-from moekern.policy import from_environment as _from_environment  # noqa: E402
 
-_backends.load()
-_library.register()
-_from_environment()
+def _serves_command() -> bool:
+    """Whether this is `python -m moekern` (argv[0] is "-m" until its file is found) or the `moekern` script."""
+    started_as = _sys.argv[0] if _sys.argv else ""
+    return (started_as == "-m" and "moekern" in _sys.orig_argv) or _os.path.basename(started_as) == "moekern"
 
 
-def devices() -> list[Device]:
-    """Every device that a backend found, the CPU first. `python -m moekern info` says why others are absent."""
-    return [device for backend in _backends.loaded.values() for device in backend.devices]
+_import_error: Exception | None = None
+try:
+    from moekern import runtime as _runtime  # first: connects _C to torch
+    from moekern.op import Device, Kernel, NotSupported, Op
+    from moekern.ops import (
+        dequantize,
+        fp8_gemm_nn,
+        fp8_gemm_nt,
+        fp8_gemm_tn,
+        fp8_gemm_tt,
+        per_block_cast_to_fp8,
+        per_channel_cast_to_fp8,
+        per_token_cast_to_fp8,
+        silu_mul_cast_to_fp8,
+    )
+    from moekern.policy import explain, use
+    from moekern.policy import from_environment as _from_environment
+    from moekern.scaled import ScaledTensor
+
+    # After the ops, which backends add kernels to.
+    from moekern.backends import devices  # isort: skip
+    from moekern.backends import load as _load_backends  # isort: skip
+    from moekern.library import register as _register_operators  # isort: skip
+
+    _load_backends()
+    _register_operators()
+    _from_environment()
+except Exception as error:
+    # `python -m moekern info` tells what is wrong, and Python imports this package before it.
+    if not _serves_command():
+        raise
+    _import_error = error

@@ -48,6 +48,11 @@ class Kernel:
             return f"needs {', '.join(sorted(missing))}"
         return None
 
+    def absent(self, devices: list[Device]) -> str | None:
+        """Why none of these devices can run this kernel, or None."""
+        reasons = [self.lacks(device) for device in devices if device.kind == self.kind]
+        return None if None in reasons else reasons[0] if reasons else f"no {self.kind} device"
+
     def why_not(self, device: Device, *args: Any) -> str | None:
         """Why this kernel cannot take this call, or None."""
         return self.lacks(device) or (self.refuses(*args) if self.refuses else None)
@@ -89,7 +94,7 @@ class Op:
     canonical form and allocates the output, once; it returns the spec's parameters in order.
     """
 
-    def __init__(self, spec: Callable[..., Any], prepare: Callable[..., tuple], output: str) -> None:
+    def __init__(self, spec: Callable[..., Any], prepare: Callable[..., tuple[Any, ...]], output: str) -> None:
         functools.update_wrapper(self, spec)
         self.name: str = spec.__name__
         self.reference = spec
@@ -180,7 +185,7 @@ class Op:
         return out
 
 
-def op(*, prepare: Callable[..., tuple], output: str = "out") -> Callable[[Callable[..., Any]], Op]:
+def op(*, prepare: Callable[..., tuple[Any, ...]], output: str = "out") -> Callable[[Callable[..., Any]], Op]:
     return lambda spec: Op(spec, prepare, output)
 
 

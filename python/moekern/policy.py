@@ -80,7 +80,7 @@ def _forced(kernel: str | dict[str, str], before: Policy) -> tuple[tuple[str, st
     from moekern.ops import OPS
 
     if isinstance(kernel, str):
-        pairs = dict(item.split("=", 1) if "=" in item else (item, "") for item in kernel.split(",") if item)
+        pairs = dict(item.partition("=")[::2] for item in kernel.split(",") if item)
     else:
         pairs = dict(kernel)
     ops = {op.name: op for op in OPS}

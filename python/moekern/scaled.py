@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 BLOCK = 128
 
@@ -37,11 +38,11 @@ def as_tensor(x: Any, what: str = "operand") -> torch.Tensor:
     name = str(getattr(x, "dtype", ""))
     if name in _ML_DTYPES and hasattr(x, "view"):  # numpy exports these formats only as integers
         dtype = _ML_DTYPES[name]
-        return torch.from_dlpack(x.view("int16" if dtype.itemsize == 2 else "uint8")).view(dtype)
+        return from_dlpack(x.view("int16" if dtype.itemsize == 2 else "uint8")).view(dtype)
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{what} is a {type(x).__name__}; it must be a tensor or an array that speaks DLPack")
     try:
-        return torch.from_dlpack(x)
+        return from_dlpack(x)
     except (BufferError, RuntimeError) as error:
         raise TypeError(f"{what} is a {type(x).__name__} of {name} that DLPack cannot pass on: {error}") from error
 

@@ -24,7 +24,7 @@ def _prepare(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> tuple:
+) -> tuple[Any, ...]:
     if type(a) is not ScaledTensor:
         a = _operand(a, "fp8_gemm_nt: a")
     if type(b) is not ScaledTensor:

@@ -51,7 +51,7 @@ def round_to_fp8(y: torch.Tensor, format: str) -> torch.Tensor:
 
 
 def _prepare_block(name: str, block: tuple[int, int], gated: bool = False) -> Any:
-    def prepare(x: Any, format: str = "e4m3fn", round_scale_up: bool = False, out: ScaledTensor | None = None) -> tuple:
+    def prepare(x: Any, format: str = "e4m3fn", round_scale_up: bool = False, out: ScaledTensor | None = None) -> tuple[Any, ...]:
         if not isinstance(round_scale_up, bool):
             raise TypeError(f"{name}: round_scale_up is {round_scale_up!r}; it is True or False")
         x, out = _C.prepare_cast(name, as_tensor(x, f"{name}: x"), out, format, *block, gated)
@@ -112,7 +112,7 @@ def silu_mul_cast_to_fp8(
 
 def _prepare_dequantize(
     x: Any, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> tuple:
+) -> tuple[Any, ...]:
     x, out = _C.prepare_dequantize(as_scaled(x, "dequantize: x"), out, out_dtype)
     return x, out, out_dtype
 

@@ -1,0 +1,60 @@
+# From a fresh checkout to a result with one command; quick the second time.
+#
+#   make bench      a table of speeds beside this machine's limits
+#   make test       the whole test suite
+#   make lint       formatting, linting, types
+#   make sanitize   the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+#
+# All work in VENV, which they create. PYTEST takes more arguments: make test PYTEST="-k gemm -x".
+VENV ?= .venv
+PYTHON ?= python3
+PYTEST ?=
+python := $(VENV)/bin/python
+native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
+cxx := $(shell find csrc backends -name '*.cpp' -o -name '*.h')
+
+.PHONY: bench test lint format sanitize
+
+bench: $(VENV)/installed
+	$(python) bench/run.py --quick
+
+test: $(VENV)/installed
+	$(python) -m pytest $(PYTEST)
+
+$(VENV)/requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(python) -m pip install -q --upgrade pip
+	$(python) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+# An editable install finds Python files where they lie; native ones have to be built again.
+$(VENV)/installed: $(VENV)/requirements $(native)
+	$(python) -m pip install -q --no-build-isolation -e '.[test,bench]'
+	touch $@
+
+# mypy follows no import hook of an editable install: it gets the package as an install would lay it out.
+lint: $(VENV)/requirements
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(cxx)
+	rm -rf build/typing && mkdir -p build/typing/moekern
+	ln -s $(CURDIR)/python/moekern/* $(CURDIR)/backends build/typing/moekern/
+	cd build/typing && $(abspath $(python)) -m mypy --config-file $(CURDIR)/pyproject.toml -p moekern
+
+format: $(VENV)/requirements
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(cxx)
+
+# A second environment that sees the packages of VENV but not its editable moekern. ASan has to be the
+# first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
+# exit is no leak; reports go straight to stderr, which pytest would swallow with the process.
+sanitize: $(VENV)/installed
+	$(python) -m venv --without-pip build/sanitize/venv
+	$(python) -c 'import site; print(site.getsitepackages()[0])' > \
+	  $$(build/sanitize/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth
+	$(python) -m pip --python build/sanitize/venv/bin/python install -q --no-build-isolation --no-deps --force-reinstall . \
+	  -C build-dir=build/sanitize/cmake -C cmake.define.MOEKERN_SANITIZE=ON -C install.strip=false
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  build/sanitize/venv/bin/python -m pytest --capture=sys $(PYTEST)

@@ -1,0 +1,55 @@
+"""The native module (csrc/bindings.cpp). Only moekern itself calls it."""
+
+from collections.abc import Callable
+from typing import Any, TypedDict
+
+import torch
+
+from moekern.scaled import ScaledTensor
+
+class _NativeBackend(TypedDict):
+    features: Callable[[], frozenset[str]]
+    thread_team: Callable[[], str]
+    # (name, needs, run, refuses)
+    fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
+    # (name, needs, cast, silu_mul_cast, dequantize)
+    cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
+
+compiler: str
+native: dict[str, _NativeBackend]
+
+def connect(
+    scaled_tensor: type[ScaledTensor],
+    tensor: type[torch.Tensor],
+    num_threads: Callable[[], int],
+    read: Callable[[torch.Tensor], tuple[int, list[int], list[int], str, int]],
+    allocate: Callable[[torch.Tensor, tuple[int, int], str], torch.Tensor],
+    dtypes: dict[torch.dtype, str],
+    /,
+) -> None: ...
+def uses_exchange_table() -> bool: ...
+def prepare_gemm(
+    a: torch.Tensor | ScaledTensor,
+    b: ScaledTensor,
+    c: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> tuple[Any, ...]: ...
+def prepare_cast(
+    op: str,
+    x: torch.Tensor,
+    out: ScaledTensor | None,
+    format: str,
+    block_rows: int,
+    block_cols: int,
+    gated: bool,
+    /,
+) -> tuple[torch.Tensor, ScaledTensor]: ...
+def prepare_dequantize(
+    x: ScaledTensor, out: torch.Tensor | None, out_dtype: torch.dtype | None, /
+) -> tuple[ScaledTensor, torch.Tensor]: ...
+
+class ValueError(Exception): ...
+class TypeError(Exception): ...

@@ -1,0 +1,102 @@
+"""`python -m moekern selftest`: small problems for every kernel of every op, checked bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import moekern
+from moekern import ops
+from moekern.op import Kernel, Op
+from moekern.scaled import FORMATS, ScaledTensor
+from moekern.testing import cases
+
+
+def main() -> int:
+    """Prints a line for every kernel; returns 1 if one failed, else 0."""
+    counts = {"ok": 0, "FAILED": 0, "absent": 0}
+    for op in ops.OPS:
+        for kernel in op.kernels:
+            state, why = _check(op, kernel)
+            counts[state] += 1
+            print(f"{state:<7} {op.name:<24} {kernel.name}{': ' + why if why else ''}")
+    print(f"{counts['ok']} passed, {counts['FAILED']} failed, {counts['absent']} cannot run here")
+    return 1 if counts["FAILED"] or not counts["ok"] else 0
+
+
+def _check(op: Op, kernel: Kernel) -> tuple[str, str | None]:
+    if reason := kernel.absent(moekern.devices()):
+        return "absent", reason
+    taken = 0
+    for arguments in _PROBLEMS[op.name]():
+        try:
+            call = op.prepare(*arguments)
+            if kernel.refuses(*call) is not None:
+                continue
+            taken += 1
+            kernel.run(*call)
+            wrong = _difference(call[op.output_index], op.reference(*arguments))
+        except Exception as error:  # one broken kernel does not hide the others
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            return "FAILED", wrong
+    return ("ok", None) if taken else ("FAILED", "took none of the problems")
+
+
+def _difference(got: torch.Tensor | ScaledTensor, expected: torch.Tensor | ScaledTensor) -> str | None:
+    if isinstance(got, ScaledTensor) and isinstance(expected, ScaledTensor):
+        return _differing_bytes(got.data, expected.data) or _differing_bytes(got.scale, expected.scale)
+    assert isinstance(got, torch.Tensor) and isinstance(expected, torch.Tensor)
+    return _differing_bytes(got, expected.to(torch.float32).to(got.dtype))
+
+
+def _differing_bytes(got: torch.Tensor, expected: torch.Tensor) -> str | None:
+    wrong = (got.view(torch.uint8) != expected.contiguous().view(torch.uint8)).view(*got.shape, -1).any(-1)
+    if not wrong.any():
+        return None
+    row, col = wrong.nonzero()[0].tolist()
+    return f"{int(wrong.sum())} of {wrong.numel()} elements differ; [{row}, {col}] is {got[row, col]}, not {expected[row, col]}"
+
+
+def _gemm() -> Iterator[tuple[Any, ...]]:
+    """Few rows for the streaming kernels, many for the packed ones; ragged in every direction."""
+    for m in (1, 7, 19):
+        for a in ("bf16", "e4m3fn"):
+            case = cases.Gemm(m, 161, 300, a=a, bias="f32", c="f32", values="integers")
+            operands = cases.gemm_operands(case)
+            yield operands.a, operands.b, operands.c, operands.bias
+
+
+def _cast(op: str) -> Callable[[], Iterator[tuple[Any, ...]]]:
+    def problems() -> Iterator[tuple[Any, ...]]:
+        for format in FORMATS.values():
+            for round_scale_up in (False, True):
+                yield cases.cast_input(cases.Cast(op, 131, 267, x="f32")), format, round_scale_up
+
+    return problems
+
+
+def _silu_mul() -> Iterator[tuple[Any, ...]]:
+    """silu(128) is 128 in f32, silu(0) is 0 and silu(-128) rounds to code 0: no approximation of exp shows."""
+    g = torch.Generator().manual_seed(0)
+    gate = 128.0 * torch.randint(-1, 2, (19, 267), generator=g)
+    up = torch.randint(-8, 9, (19, 267), generator=g).float()
+    for format in FORMATS.values():
+        yield torch.cat((gate, up), 1), format, False
+
+
+def _dequantize() -> Iterator[tuple[Any, ...]]:
+    for format in FORMATS.values():
+        yield (cases.dequantize_input(cases.Dequantize(19, 141, format)),)
+
+
+_PROBLEMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
+    "fp8_gemm_nt": _gemm,
+    "per_token_cast_to_fp8": _cast("per_token_cast_to_fp8"),
+    "per_block_cast_to_fp8": _cast("per_block_cast_to_fp8"),
+    "per_channel_cast_to_fp8": _cast("per_channel_cast_to_fp8"),
+    "silu_mul_cast_to_fp8": _silu_mul,
+    "dequantize": _dequantize,
+}

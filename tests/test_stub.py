@@ -1,0 +1,21 @@
+"""_C.pyi says what the native module has."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_stub_and_the_module_agree():
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy.stubtest", "moekern._C", "--mypy-config-file", "pyproject.toml"],
+        cwd=ROOT,
+        env={"MYPYPATH": "python"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
