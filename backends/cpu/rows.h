@@ -1,5 +1,6 @@
 // Element-wise work on contiguous rows (RowOps), written once over the vector vocabulary.
 #pragma once
+#include "cpu/gemm/decode.h"
 #include "cpu/gemm/ukernel.h"
 #include "moekern/float_formats.h"
 
@@ -13,28 +14,58 @@ struct Tail {
 
 inline void copy(float* dst, const float* src, int64_t n) { __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); }
 
-void row_load(Dtype t, const char* src, int64_t n, float* dst) {
+template <Dtype F>
+inline F32 load_as(const char* p, int64_t i) {
+  if constexpr (F == Dtype::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + i);
+  if constexpr (F == Dtype::f16) return load_f16(reinterpret_cast<const uint16_t*>(p) + i);
+  return load(reinterpret_cast<const float*>(p) + i);
+}
+
+template <Dtype F>
+inline float element_as(const char* p, int64_t i) {
+  if constexpr (F == Dtype::bf16) return bf16_to_f32(reinterpret_cast<const uint16_t*>(p)[i]);
+  if constexpr (F == Dtype::f16) return f16_to_f32(reinterpret_cast<const uint16_t*>(p)[i]);
+  return reinterpret_cast<const float*>(p)[i];
+}
+
+template <Dtype F>
+inline void load_row(const char* src, int64_t n, float* dst) {
   int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, load_as<F>(src, i));
+  for (; i < n; ++i) dst[i] = element_as<F>(src, i);
+}
+
+// gemm/decode.h's arithmetic on one byte a lane, and the factor 2^(127 - bias) at once. The rare row
+// with a NaN or an infinity is read again, slowly.
+template <Dtype F>
+inline void load_fp8_row(const uint8_t* src, int64_t n, float* dst) {
+  constexpr Fp8Layout f = layout_of(F);
+  const I32 mask = set1_i32(Decode<F>::kMask), magnitude = set1_i32(0x7f);
+  const F32 factor = as_f32(set1_i32(static_cast<uint32_t>(254 - f.bias) << 23));
+  I32 top = set1_i32(0);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {
+    const I32 code = load_u8(src + i);
+    top = max_i32(top, f.nan_is_minus_zero ? code : bit_and(code, magnitude));
+    store(dst + i, mul(as_f32(bit_and(sra32<Decode<F>::kShift>(shl32<24>(code)), mask)), factor));
+  }
+  alignas(64) uint32_t tops[W];
+  store_i32(tops, top);
+  bool special = false;
+  for (int j = 0; j < W; ++j) special |= tops[j] > (f.nan_is_minus_zero ? 0x7f : f.max_code);
+  if (special) i = 0;
+  for (; i < n; ++i) dst[i] = fp8_to_f32(F, src[i]);
+}
+
+void row_load(Dtype t, const char* src, int64_t n, float* dst) {
+  const auto* codes = reinterpret_cast<const uint8_t*>(src);
   switch (t) {
-    case Dtype::f32:
-      copy(dst, reinterpret_cast<const float*>(src), n);
-      return;
-    case Dtype::bf16: {
-      const auto* p = reinterpret_cast<const uint16_t*>(src);
-      for (; i + W <= n; i += W) store(dst + i, load_bf16(p + i));
-      for (; i < n; ++i) dst[i] = bf16_to_f32(p[i]);
-      return;
-    }
-    case Dtype::f16: {
-      const auto* p = reinterpret_cast<const uint16_t*>(src);
-      for (; i + W <= n; i += W) store(dst + i, load_f16(p + i));
-      for (; i < n; ++i) dst[i] = f16_to_f32(p[i]);
-      return;
-    }
-    default: {
-      const auto* p = reinterpret_cast<const uint8_t*>(src);
-      for (; i < n; ++i) dst[i] = fp8_to_f32(t, p[i]);
-    }
+    case Dtype::f32: return copy(dst, reinterpret_cast<const float*>(src), n);
+    case Dtype::bf16: return load_row<Dtype::bf16>(src, n, dst);
+    case Dtype::f16: return load_row<Dtype::f16>(src, n, dst);
+    case Dtype::e5m2: return load_fp8_row<Dtype::e5m2>(codes, n, dst);
+    case Dtype::e4m3fnuz: return load_fp8_row<Dtype::e4m3fnuz>(codes, n, dst);
+    default: return load_fp8_row<Dtype::e4m3fn>(codes, n, dst);
   }
 }
 
@@ -64,24 +95,41 @@ void row_store(Dtype t, const float* src, int64_t n, char* dst) {
 }
 
 // Magnitudes compare like integers, and NaN is above infinity.
-float row_amax(const float* x, int64_t n) {
-  const I32 magnitude = set1_i32(0x7fffffffu);
+inline I32 magnitude_of(F32 x) { return bit_and(bits(x), set1_i32(0x7fffffffu)); }
+
+template <Dtype F>
+inline float amax_row(const char* x, int64_t n) {
   I32 best[4] = {set1_i32(0), set1_i32(0), set1_i32(0), set1_i32(0)};
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) best[j] = max_i32(best[j], bit_and(bits(load(x + i + j * W)), magnitude));
-  for (; i + W <= n; i += W) best[0] = max_i32(best[0], bit_and(bits(load(x + i)), magnitude));
-  if (i < n) {
-    Tail tail;
-    copy(tail.x, x + i, n - i);
-    best[1] = max_i32(best[1], bit_and(bits(load(tail.x)), magnitude));
-  }
+    for (int j = 0; j < 4; ++j) best[j] = max_i32(best[j], magnitude_of(load_as<F>(x, i + j * W)));
   alignas(64) uint32_t lanes[W];
   store_i32(lanes, max_i32(max_i32(best[0], best[1]), max_i32(best[2], best[3])));
   uint32_t top = 0;
   for (int j = 0; j < W; ++j) top = lanes[j] > top ? lanes[j] : top;
+  for (; i < n; ++i) {
+    const uint32_t magnitude = float_bits(element_as<F>(x, i)) & 0x7fffffffu;
+    top = magnitude > top ? magnitude : top;
+  }
   return bits_float(top);
+}
+
+float row_amax(Dtype t, const char* x, int64_t n) {
+  switch (t) {
+    case Dtype::bf16: return amax_row<Dtype::bf16>(x, n);
+    case Dtype::f16: return amax_row<Dtype::f16>(x, n);
+    default: return amax_row<Dtype::f32>(x, n);
+  }
+}
+
+void row_amax_each(const float* x, int64_t n, float* amax) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_i32(amax + i, max_i32(load_i32(amax + i), magnitude_of(load(x + i))));
+  for (; i < n; ++i) {
+    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
+    if (magnitude > float_bits(amax[i])) amax[i] = bits_float(magnitude);
+  }
 }
 
 void row_scale(const float* x, float s, int64_t n, float* dst) {
@@ -91,40 +139,57 @@ void row_scale(const float* x, float s, int64_t n, float* dst) {
   for (; i < n; ++i) dst[i] = x[i] * s;
 }
 
-// rne(clamp(x * s)) without a rounding table: adding 1.5 * 2^(23 - mantissa_bits) times the binade
+void row_multiply(const float* x, const float* y, int64_t n, float* dst) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(dst + i, mul(load(x + i), load(y + i)));
+  for (; i < n; ++i) dst[i] = x[i] * y[i];
+}
+
+// rne(y), |y| <= max but for rounding, without a table: adding 2^(23 - mantissa_bits) times the binade
 // of y makes f32's own rounding act at the narrow format's last place (subnormals share the binade
 // of the smallest normal); scaling by 2^(bias - 127) then puts the narrow exponent at the bottom of
 // f32's, where a shift reads the code off.
 template <Dtype F>
-inline I32 encode(F32 x, F32 s) {
+inline I32 encode(F32 y) {
   constexpr Fp8Layout f = layout_of(F);
-  const F32 y = max(set1(-max_of(F)), min(set1(max_of(F)), mul(x, s)));  // NaN passes through both
+  const F32 magnitude = as_f32(magnitude_of(y));
   const F32 smallest = as_f32(set1_i32(static_cast<uint32_t>(128 - f.bias) << 23));
-  const F32 binade = max(as_f32(bit_and(bits(y), set1_i32(kF32Inf))), smallest);
-  const F32 magic = mul(binade, set1(1.5f * static_cast<float>(1 << (23 - f.mantissa_bits))));
-  const F32 rounded = sub(add(y, magic), magic);
-  const I32 u = bits(mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23))));
-  // The sign is y's: what rounds to zero keeps it, and (y + magic) - magic does not.
-  const I32 code = bit_or(bit_and(shr32<24>(bits(y)), set1_i32(0x80)), bit_and(shr32<23 - f.mantissa_bits>(u), set1_i32(0x7f)));
-  return if_nan(y, bit_or(bit_and(shr32<24>(bits(x)), set1_i32(0x80)), set1_i32(f.nan_code)), code);
+  const F32 binade = max(as_f32(bit_and(bits(magnitude), set1_i32(kF32Inf))), smallest);
+  const F32 magic = mul(binade, set1(static_cast<float>(1 << (23 - f.mantissa_bits))));
+  const F32 rounded = sub(add(magnitude, magic), magic);
+  const I32 code = shr32<23 - f.mantissa_bits>(bits(mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23)))));
+  return bit_or(code, bit_and(shr32<24>(bits(y)), set1_i32(0x80)));
 }
 
-template <Dtype F>
-inline void quantize_format(const float* x, float s, int64_t n, uint8_t* dst) {
+// e4m3fnuz, which has no negative zero, and rows with NaN or infinity take the slow way.
+template <Dtype From, Dtype To>
+inline void quantize_row(const char* x, float s, bool bounded, int64_t n, uint8_t* dst) {
   const F32 sv = set1(s);
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    store_low8(dst + i, encode<F>(load(x + i), sv), encode<F>(load(x + i + W), sv), encode<F>(load(x + i + 2 * W), sv),
-               encode<F>(load(x + i + 3 * W), sv));
-  for (; i < n; ++i) dst[i] = f32_to_fp8(F, x[i] * s);
+  if (bounded && To != Dtype::e4m3fnuz)
+    for (; i + 4 * W <= n; i += 4 * W) {
+      I32 codes[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) codes[j] = encode<To>(mul(load_as<From>(x, i + j * W), sv));
+      store_low8(dst + i, codes[0], codes[1], codes[2], codes[3]);
+    }
+  for (; i < n; ++i) dst[i] = f32_to_fp8(To, element_as<From>(x, i) * s);
 }
 
-void row_quantize(Dtype t, const float* x, float s, int64_t n, uint8_t* dst) {
-  switch (t) {
-    case Dtype::e4m3fn: return quantize_format<Dtype::e4m3fn>(x, s, n, dst);
-    case Dtype::e5m2: return quantize_format<Dtype::e5m2>(x, s, n, dst);
-    default:
-      for (int64_t i = 0; i < n; ++i) dst[i] = f32_to_fp8(t, x[i] * s);
+template <Dtype From>
+inline void quantize_from(const char* x, float s, bool bounded, int64_t n, Dtype to, uint8_t* dst) {
+  switch (to) {
+    case Dtype::e4m3fn: return quantize_row<From, Dtype::e4m3fn>(x, s, bounded, n, dst);
+    case Dtype::e5m2: return quantize_row<From, Dtype::e5m2>(x, s, bounded, n, dst);
+    default: return quantize_row<From, Dtype::e4m3fnuz>(x, s, bounded, n, dst);
+  }
+}
+
+void row_quantize(Dtype from, const char* x, float s, bool bounded, int64_t n, Dtype to, uint8_t* dst) {
+  switch (from) {
+    case Dtype::bf16: return quantize_from<Dtype::bf16>(x, s, bounded, n, to, dst);
+    case Dtype::f16: return quantize_from<Dtype::f16>(x, s, bounded, n, to, dst);
+    default: return quantize_from<Dtype::f32>(x, s, bounded, n, to, dst);
   }
 }
 
@@ -161,7 +226,8 @@ void row_silu_mul(const float* gate, const float* up, int64_t n, float* dst) {
   }
 }
 
-constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, row_quantize, row_silu_mul};
+constexpr RowOps kRowOps = {row_load,  row_store,    row_amax,     row_amax_each,
+                            row_scale, row_multiply, row_quantize, row_silu_mul};
 
 }  // namespace
 }  // namespace moekern::cpu

@@ -177,10 +177,10 @@ class Op:
             return self.traced(*args, **kwargs)
         call = self.prepare(*args, **kwargs)
         out = call[self.output_index]
-        where = out.data.device if type(out) is ScaledTensor else out.device
+        where = location(out)
         usable = self._usable.get(where)
         if usable is None:
-            usable = self._usable[where] = self.candidates(device_of(where))
+            usable = self._usable[where] = self.candidates(device_of(out))
         self._first(usable, call).run(*call)
         return out
 
@@ -215,7 +215,12 @@ def register_device(where: torch.device, device: Device) -> None:
     _devices[where] = device
 
 
-def device_of(where: torch.device) -> Device:
+def location(operand: torch.Tensor | ScaledTensor) -> torch.device:
+    return operand.data.device if type(operand) is ScaledTensor else operand.device
+
+
+def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
+    where = location(operand)
     try:
         return _devices[where]
     except KeyError:

@@ -10,7 +10,6 @@ from typing import Any
 from moekern import op as dispatcher
 from moekern import runtime
 from moekern.op import Op, Policy, device_of
-from moekern.scaled import ScaledTensor
 
 
 class use:
@@ -59,9 +58,7 @@ class use:
 def explain(op: Op, *args: Any, **kwargs: Any) -> str:
     """Which kernel `op(*args, **kwargs)` would run, and why each better one would not. Computes nothing."""
     call = op.prepare(*args, **kwargs)
-    out = call[op.output_index]
-    where = out.data.device if isinstance(out, ScaledTensor) else out.device
-    return op.explain(device_of(where), *call)
+    return op.explain(device_of(call[op.output_index]), *call)
 
 
 def _apply(policy: Policy) -> None:

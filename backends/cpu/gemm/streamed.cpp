@@ -24,9 +24,8 @@ struct Pieces {
   int64_t count, size;  // of k; size is a multiple of 128
   explicit Pieces(int64_t m, int64_t k, int pass_rows) {
     const int64_t longest = std::max<int64_t>(kPieceFloats / std::min<int64_t>(m, pass_rows) / kBlock, 1) * kBlock;
-    count = std::max<int64_t>(ceil_div(k, longest), 1);
-    size = std::max<int64_t>(round_up(ceil_div(k, count), kBlock), kBlock);
-    count = std::max<int64_t>(ceil_div(k, size), 1);
+    size = round_up(ceil_div(k, ceil_div(k, longest)), kBlock);
+    count = ceil_div(k, size);
   }
 };
 
@@ -133,6 +132,7 @@ void run_task(const Shared& s, const ScaledActivations& own, int64_t j0, int64_t
 
 const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p) {
   if (p.m() > isa.stream->max_m) return "a has too many rows: streaming the weights pays for few only";
+  if (p.k() == 0) return "k is 0: there are no weights to stream";
   if (p.b.col_stride != 1) return "b must be contiguous along k";
   if (p.sb.values && p.sb.block_cols < p.k() &&
       (p.sb.block_cols % kBlock != 0 || (p.sb.block_rows % kMinTaskRows != 0 && p.sb.block_rows < p.n())))
@@ -143,7 +143,7 @@ const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p) {
 void gemm_streamed(const GemmIsa& isa, const GemmProblem& p) {
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = ++calls;
-  const int64_t k_padded = round_up(std::max<int64_t>(p.k(), 1), kBlock);
+  const int64_t k_padded = round_up(p.k(), kBlock);
   Shared s{isa, p, nullptr, {}, k_padded, p.sb.values && p.sb.block_cols < p.k(), Pieces(p.m(), p.k(), isa.stream->pass_rows)};
   float* a = scratch_of<float>(Slot::shared_a, (p.m() + 1) * k_padded);
   float* plain = a + p.m() * k_padded;

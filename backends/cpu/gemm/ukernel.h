@@ -13,9 +13,12 @@ constexpr int kBlock = 128;  // k advances one scale block at a time, in both ke
 struct RowOps {
   void (*load)(Dtype, const char* src, int64_t n, float* dst);           // exact
   void (*store)(Dtype, const float* src, int64_t n, char* dst);          // f32, f16, bf16: round to nearest even
-  float (*amax)(const float* x, int64_t n);                              // NaN if there is one
+  float (*amax)(Dtype, const char* x, int64_t n);                        // of f32, f16, bf16; NaN if there is one
+  void (*amax_each)(const float* x, int64_t n, float* amax);             // amax[i] = max(amax[i], |x[i]|), NaN stays
   void (*scale)(const float* x, float s, int64_t n, float* dst);
-  void (*quantize)(Dtype, const float* x, float s, int64_t n, uint8_t* dst);  // rne(clamp(x * s, +-max))
+  void (*multiply)(const float* x, const float* y, int64_t n, float* dst);
+  // dst = rne(clamp(x * s, +-max)). `bounded` promises finite x with |x * s| <= max, but for rounding.
+  void (*quantize)(Dtype from, const char* x, float s, bool bounded, int64_t n, Dtype to, uint8_t* dst);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
 };
 

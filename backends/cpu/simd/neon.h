@@ -53,6 +53,12 @@ inline I32 min_s8(I32 a, I32 b) {
   return vreinterpretq_u32_s8(vminq_s8(vreinterpretq_s8_u32(a), vreinterpretq_s8_u32(b)));
 }
 
+// W bytes, each in the low 8 bits of a lane.
+inline I32 load_u8(const uint8_t* p) {
+  uint32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
+}
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return vbslq_u32(vceqq_f32(x, x), otherwise, then); }
 
 inline F32 load_bf16(const uint16_t* p) { return as_f32(vshll_n_u16(vld1_u16(p), 16)); }

@@ -57,6 +57,8 @@ inline I32 add_i8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int 
 inline I32 max_u8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int y) { return x > y ? x : y; }); }
 inline I32 min_s8(I32 a, I32 b) { return each_byte<int8_t>(a, b, [](int x, int y) { return x < y ? x : y; }); }
 
+// W bytes, each in the low 8 bits of a lane.
+inline I32 load_u8(const uint8_t* p) { return *p; }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return x != x ? then : otherwise; }
 
 inline F32 load_bf16(const uint16_t* p) { return as_f32(static_cast<uint32_t>(*p) << 16); }
