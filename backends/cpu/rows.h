@@ -98,37 +98,35 @@ void row_store(Dtype t, const float* src, int64_t n, char* dst) {
 inline I32 magnitude_of(F32 x) { return bit_and(bits(x), set1_i32(0x7fffffffu)); }
 
 template <Dtype F>
-inline float amax_row(const char* x, int64_t n) {
+inline uint32_t amax_bits(const char* x, int64_t i, int64_t end) {
   I32 best[4] = {set1_i32(0), set1_i32(0), set1_i32(0), set1_i32(0)};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
+  for (; i + 4 * W <= end; i += 4 * W)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) best[j] = max_i32(best[j], magnitude_of(load_as<F>(x, i + j * W)));
-  alignas(64) uint32_t lanes[W];
-  store_i32(lanes, max_i32(max_i32(best[0], best[1]), max_i32(best[2], best[3])));
-  uint32_t top = 0;
-  for (int j = 0; j < W; ++j) top = lanes[j] > top ? lanes[j] : top;
-  for (; i < n; ++i) {
+  uint32_t top = reduce_max_i32(max_i32(max_i32(best[0], best[1]), max_i32(best[2], best[3])));
+  for (; i < end; ++i) {
     const uint32_t magnitude = float_bits(element_as<F>(x, i)) & 0x7fffffffu;
     top = magnitude > top ? magnitude : top;
   }
-  return bits_float(top);
+  return top;
 }
 
-float row_amax(Dtype t, const char* x, int64_t n) {
-  switch (t) {
-    case Dtype::bf16: return amax_row<Dtype::bf16>(x, n);
-    case Dtype::f16: return amax_row<Dtype::f16>(x, n);
-    default: return amax_row<Dtype::f32>(x, n);
+template <Dtype F>
+inline void amax_row(const char* x, int64_t n, int64_t block, float* amax) {
+  int64_t i = 0;
+  if (block == 1)
+    for (; i + W <= n; i += W) store_i32(amax + i, max_i32(load_i32(amax + i), magnitude_of(load_as<F>(x, i))));
+  for (; i < n; i += block) {
+    const uint32_t top = amax_bits<F>(x, i, n - i < block ? n : i + block);
+    if (top > float_bits(amax[i / block])) amax[i / block] = bits_float(top);
   }
 }
 
-void row_amax_each(const float* x, int64_t n, float* amax) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store_i32(amax + i, max_i32(load_i32(amax + i), magnitude_of(load(x + i))));
-  for (; i < n; ++i) {
-    const uint32_t magnitude = float_bits(x[i]) & 0x7fffffffu;
-    if (magnitude > float_bits(amax[i])) amax[i] = bits_float(magnitude);
+void row_amax(Dtype t, const char* x, int64_t n, int64_t block, float* amax) {
+  switch (t) {
+    case Dtype::bf16: return amax_row<Dtype::bf16>(x, n, block, amax);
+    case Dtype::f16: return amax_row<Dtype::f16>(x, n, block, amax);
+    default: return amax_row<Dtype::f32>(x, n, block, amax);
   }
 }
 
@@ -137,12 +135,6 @@ void row_scale(const float* x, float s, int64_t n, float* dst) {
   int64_t i = 0;
   for (; i + W <= n; i += W) store(dst + i, mul(load(x + i), sv));
   for (; i < n; ++i) dst[i] = x[i] * s;
-}
-
-void row_multiply(const float* x, const float* y, int64_t n, float* dst) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store(dst + i, mul(load(x + i), load(y + i)));
-  for (; i < n; ++i) dst[i] = x[i] * y[i];
 }
 
 // rne(y), |y| <= max but for rounding, without a table: adding 2^(23 - mantissa_bits) times the binade
@@ -163,33 +155,38 @@ inline I32 encode(F32 y) {
 
 // e4m3fnuz, which has no negative zero, and rows with NaN or infinity take the slow way.
 template <Dtype From, Dtype To>
-inline void quantize_row(const char* x, float s, bool bounded, int64_t n, uint8_t* dst) {
-  const F32 sv = set1(s);
-  int64_t i = 0;
-  if (bounded && To != Dtype::e4m3fnuz)
-    for (; i + 4 * W <= n; i += 4 * W) {
-      I32 codes[4];
+inline void quantize_row(const char* x, const float* s, int64_t block, bool bounded, int64_t n, uint8_t* dst) {
+  const bool fast = bounded && To != Dtype::e4m3fnuz;
+  for (int64_t i = 0; i < n;) {
+    const int64_t end = block == 1 || n - i < block ? n : i + block;
+    const F32 one = set1(s[i / block]);
+    if (fast)
+      for (; i + 4 * W <= end; i += 4 * W) {
+        I32 codes[4];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) codes[j] = encode<To>(mul(load_as<From>(x, i + j * W), sv));
-      store_low8(dst + i, codes[0], codes[1], codes[2], codes[3]);
-    }
-  for (; i < n; ++i) dst[i] = f32_to_fp8(To, element_as<From>(x, i) * s);
-}
-
-template <Dtype From>
-inline void quantize_from(const char* x, float s, bool bounded, int64_t n, Dtype to, uint8_t* dst) {
-  switch (to) {
-    case Dtype::e4m3fn: return quantize_row<From, Dtype::e4m3fn>(x, s, bounded, n, dst);
-    case Dtype::e5m2: return quantize_row<From, Dtype::e5m2>(x, s, bounded, n, dst);
-    default: return quantize_row<From, Dtype::e4m3fnuz>(x, s, bounded, n, dst);
+        for (int j = 0; j < 4; ++j)
+          codes[j] = encode<To>(mul(load_as<From>(x, i + j * W), block == 1 ? load(s + i + j * W) : one));
+        store_low8(dst + i, codes[0], codes[1], codes[2], codes[3]);
+      }
+    for (; i < end; ++i) dst[i] = f32_to_fp8(To, element_as<From>(x, i) * s[i / block]);
   }
 }
 
-void row_quantize(Dtype from, const char* x, float s, bool bounded, int64_t n, Dtype to, uint8_t* dst) {
+template <Dtype From>
+inline void quantize_from(const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to, uint8_t* dst) {
+  switch (to) {
+    case Dtype::e4m3fn: return quantize_row<From, Dtype::e4m3fn>(x, s, block, bounded, n, dst);
+    case Dtype::e5m2: return quantize_row<From, Dtype::e5m2>(x, s, block, bounded, n, dst);
+    default: return quantize_row<From, Dtype::e4m3fnuz>(x, s, block, bounded, n, dst);
+  }
+}
+
+void row_quantize(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
+                  uint8_t* dst) {
   switch (from) {
-    case Dtype::bf16: return quantize_from<Dtype::bf16>(x, s, bounded, n, to, dst);
-    case Dtype::f16: return quantize_from<Dtype::f16>(x, s, bounded, n, to, dst);
-    default: return quantize_from<Dtype::f32>(x, s, bounded, n, to, dst);
+    case Dtype::bf16: return quantize_from<Dtype::bf16>(x, s, block, bounded, n, to, dst);
+    case Dtype::f16: return quantize_from<Dtype::f16>(x, s, block, bounded, n, to, dst);
+    default: return quantize_from<Dtype::f32>(x, s, block, bounded, n, to, dst);
   }
 }
 
@@ -226,8 +223,7 @@ void row_silu_mul(const float* gate, const float* up, int64_t n, float* dst) {
   }
 }
 
-constexpr RowOps kRowOps = {row_load,  row_store,    row_amax,     row_amax_each,
-                            row_scale, row_multiply, row_quantize, row_silu_mul};
+constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, row_quantize, row_silu_mul};
 
 }  // namespace
 }  // namespace moekern::cpu

@@ -27,7 +27,7 @@ constexpr int kMaxStrip = 64;
 struct Activations {
   Dtype panel;
   char* values;
-  float* row_scales;  // [k_blocks][rows] for bf16 panels, whose values must stay exact; null otherwise
+  float* row_scales;  // [k_blocks][rows] for bf16 panels: a's scales, and what normalising took out; null otherwise
   int* exponents;     // [rows]
   int64_t first, rows, k_blocks;
   char* at(int64_t kb, int64_t row) const { return values + (kb * rows + row) * kBlock * size_of(panel); }
@@ -52,7 +52,7 @@ void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {
       a.exponents[i] = normalised_row(*isa.rows, p, a.first + i, f32, f32 ? kTopF32 : 0, a.k_blocks * kBlock, row);
       for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
         isa.rows->store(a.panel, row + kb * kBlock, kBlock, a.at(kb, i));
-        if (a.row_scales) a.row_scales[kb * a.rows + i] = scale_of(p.sa, a.first + i, kb * kBlock);
+        if (a.row_scales) a.row_scales[kb * a.rows + i] = scale_of(p.sa, a.first + i, kb * kBlock) * power_of_two(a.exponents[i]);
       }
     }
   });
@@ -130,9 +130,8 @@ void run_task(const GemmIsa& isa, const GemmProblem& p, const Activations& a, in
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const int e = a.exponents[i0 + i];
-    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc,
-              isa.panel == Dtype::f32 ? result_exponent_f32(p.b.dtype, e) : e);
+    const int exponent = a.row_scales ? 0 : result_exponent_f32(p.b.dtype, a.exponents[i0 + i]);
+    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc, exponent);
   }
 }
 

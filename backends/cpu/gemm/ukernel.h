@@ -13,12 +13,12 @@ constexpr int kBlock = 128;  // k advances one scale block at a time, in both ke
 struct RowOps {
   void (*load)(Dtype, const char* src, int64_t n, float* dst);           // exact
   void (*store)(Dtype, const float* src, int64_t n, char* dst);          // f32, f16, bf16: round to nearest even
-  float (*amax)(Dtype, const char* x, int64_t n);                        // of f32, f16, bf16; NaN if there is one
-  void (*amax_each)(const float* x, int64_t n, float* amax);             // amax[i] = max(amax[i], |x[i]|), NaN stays
+  // Of f32, f16 or bf16: amax[i / block] = max(amax[i / block], |x[i]|); NaN is above infinity and stays.
+  void (*amax)(Dtype, const char* x, int64_t n, int64_t block, float* amax);
   void (*scale)(const float* x, float s, int64_t n, float* dst);
-  void (*multiply)(const float* x, const float* y, int64_t n, float* dst);
-  // dst = rne(clamp(x * s, +-max)). `bounded` promises finite x with |x * s| <= max, but for rounding.
-  void (*quantize)(Dtype from, const char* x, float s, bool bounded, int64_t n, Dtype to, uint8_t* dst);
+  // dst[i] = rne(clamp(x[i] * s[i / block], +-max)). `bounded` promises finite x and |x * s| <= max but for rounding.
+  void (*quantize)(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
+                   uint8_t* dst);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
 };
 

@@ -57,72 +57,53 @@ struct GatedInput {
   }
 };
 
+// Rows [i0, i1) of a row of blocks, columns [j0, j0 + n): twice over, row by row, in the order of memory.
 template <class Input>
-void cast_block(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t j0, const Input& input) {
-  const int64_t i1 = std::min(i0 + p.scale.block_rows, p.q.rows), n = std::min(p.scale.block_cols, p.q.cols - j0);
+void cast_panel(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t i1, int64_t j0, int64_t n, const Input& input) {
+  const int64_t block = p.scale.block_cols, blocks = ceil_div(n, block);
+  float* amax = scratch_of<float>(Slot::own_b, 2 * blocks);
+  float* inverse = amax + blocks;
+  std::fill_n(amax, blocks, 0.f);
   Row row{};
-  float amax = 0.f;
   for (int64_t i = i0; i < i1; ++i) {
     row = input.row(i, j0, n);
-    const float top = rows.amax(row.dtype, row.data, n);
-    amax = top > amax || top != top ? top : amax;
-    if (amax != amax) break;
+    rows.amax(row.dtype, row.data, n, block, amax);
   }
-  const float s = scale_for(amax, p.q.dtype, p.round_scale_up), inverse = 1.f / s;
-  *reinterpret_cast<float*>(p.scale.values.at(i0 / p.scale.block_rows, j0 / p.scale.block_cols)) = s;
+  bool bounded = true;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const float s = scale_for(amax[b], p.q.dtype, p.round_scale_up);
+    *reinterpret_cast<float*>(p.scale.values.at(i0 / p.scale.block_rows, j0 / block + b)) = s;
+    inverse[b] = 1.f / s;
+    bounded &= is_finite(amax[b]);
+  }
   for (int64_t i = i0; i < i1; ++i) {
     if (i1 - i0 > 1) row = input.row(i, j0, n);
-    rows.quantize(row.dtype, row.data, inverse, is_finite(amax), n, p.q.dtype, reinterpret_cast<uint8_t*>(p.q.at(i, j0)));
+    rows.quantize(row.dtype, row.data, inverse, block, bounded, n, p.q.dtype, reinterpret_cast<uint8_t*>(p.q.at(i, j0)));
   }
 }
 
 template <class Input>
-void cast_blocks(const RowOps& rows, const CastProblem& p, const Input& input) {
-  const int64_t block_rows = ceil_div(p.q.rows, p.scale.block_rows);
+void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
+  // 128 rows of 1024 columns stay in L2 between the two passes. A single row stays there anyway.
+  const int64_t height = p.scale.block_rows, block = p.scale.block_cols;
+  const int64_t width = height == 1 ? p.q.cols : round_up(std::min<int64_t>(1024, p.q.cols), block);
+  const int64_t panels = ceil_div(p.q.cols, width);
   // About 64 Ki elements a task: long enough to hide handing it out, short enough to balance.
-  const int64_t per_task = std::max<int64_t>((64 << 10) / std::max<int64_t>(p.q.cols * p.scale.block_rows, 1), 1);
-  parallel_for(p.threads, ceil_div(block_rows, per_task), [&](int64_t task) {
-    for (int64_t b = task * per_task; b < std::min((task + 1) * per_task, block_rows); ++b)
-      for (int64_t j = 0; j < p.q.cols; j += p.scale.block_cols) cast_block(rows, p, b * p.scale.block_rows, j, input);
-  });
-}
-
-// Blocks one column wide, a panel of columns at a time: row by row, so that memory is read in order.
-void cast_columns(const RowOps& rows, const CastProblem& p) {
-  constexpr int64_t kPanel = 512;
-  const int64_t panels = ceil_div(p.q.cols, kPanel), block_rows = ceil_div(p.q.rows, p.scale.block_rows);
-  parallel_for(p.threads, panels * block_rows, [&](int64_t task) {
-    const int64_t block = task / panels, j0 = task % panels * kPanel, n = std::min(kPanel, p.q.cols - j0);
-    const int64_t i0 = block * p.scale.block_rows, i1 = std::min(i0 + p.scale.block_rows, p.q.rows);
-    float values[kPanel], amax[kPanel] = {}, inverse[kPanel];
-    for (int64_t i = i0; i < i1; ++i) {
-      load_row(rows, p.x, i, j0, n, values);
-      rows.amax_each(values, n, amax);
-    }
-    bool bounded = true;
-    for (int64_t j = 0; j < n; ++j) {
-      const float s = scale_for(amax[j], p.q.dtype, p.round_scale_up);
-      *reinterpret_cast<float*>(p.scale.values.at(block, j0 + j)) = s;
-      inverse[j] = 1.f / s;
-      bounded &= is_finite(amax[j]);
-    }
-    for (int64_t i = i0; i < i1; ++i) {
-      load_row(rows, p.x, i, j0, n, values);
-      rows.multiply(values, inverse, n, values);
-      rows.quantize(Dtype::f32, reinterpret_cast<const char*>(values), 1.f, bounded, n, p.q.dtype,
-                    reinterpret_cast<uint8_t*>(p.q.at(i, j0)));
+  const int64_t per_task = std::max<int64_t>((64 << 10) / std::max<int64_t>(width * height, 1), 1);
+  const int64_t total = ceil_div(p.q.rows, height) * panels;
+  parallel_for(p.threads, ceil_div(total, per_task), [&](int64_t task) {
+    for (int64_t t = task * per_task; t < std::min((task + 1) * per_task, total); ++t) {
+      const int64_t i0 = t / panels * height, j0 = t % panels * width;
+      cast_panel(rows, p, i0, std::min(i0 + height, p.q.rows), j0, std::min(width, p.q.cols - j0), input);
     }
   });
 }
 
 }  // namespace
 
-void cast_to_fp8(const RowOps& rows, const CastProblem& p) {
-  if (p.scale.block_cols == 1) return cast_columns(rows, p);
-  cast_blocks(rows, p, PlainInput{rows, p.x});
-}
+void cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast(rows, p, PlainInput{rows, p.x}); }
 
-void silu_mul_cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast_blocks(rows, p, GatedInput{rows, p.x}); }
+void silu_mul_cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast(rows, p, GatedInput{rows, p.x}); }
 
 void dequantize(const RowOps& rows, const CastProblem& p) {
   constexpr int64_t kRowsPerTask = 16;

@@ -75,6 +75,14 @@ inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
   store_i32(p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(lo, hi), order));
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+
 // x0 + x4, x1 + x5, ... pairwise: the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

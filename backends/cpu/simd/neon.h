@@ -72,6 +72,9 @@ inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
   vst1q_u8(p, vcombine_u8(vmovn_u16(lo), vmovn_u16(hi)));
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) { return static_cast<uint32_t>(vmaxvq_s32(vreinterpretq_s32_u32(x))); }
+
 // (x0 + x1) + (x2 + x3): the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) { return vaddvq_f32(x); }
 

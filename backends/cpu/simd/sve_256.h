@@ -80,6 +80,9 @@ inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
   svst1b_u32(all(), p + 3 * W, x3);
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) { return static_cast<uint32_t>(svmaxv_s32(all(), svreinterpret_s32_u32(x))); }
+
 // FADDV adds pairwise, in halves: the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) { return svaddv_f32(all(), x); }
 
