@@ -15,7 +15,7 @@ from problems import Problem, WrongResult, sampled_error
 from stock import Stock
 
 import moekern
-from moekern import Kernel
+from moekern import Kernel, ScaledTensor
 
 PEER_ERROR = 0.1  # relative rms beyond which a peer computes something else
 
@@ -177,11 +177,10 @@ def compete(
 
 
 def make_peers(
-    chosen: list[type[Peer]], problem: Problem, cold: int, memory: int, notes: list[str], linear: str
+    chosen: list[type[Peer]], scaled: ScaledTensor, cold: int, memory: int, notes: list[str], linear: str
 ) -> list[Peer]:
     """Peers for one linear layer, with as many copies of its weights as keep them cold."""
     made = []
-    scaled = problem.arguments(0)["b"]
     numel = scaled.data.numel()
     w: torch.Tensor | None = None
     for peer in chosen:

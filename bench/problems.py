@@ -79,9 +79,9 @@ def sampled_error(out: torch.Tensor, call: dict[str, Any]) -> float:
     return ((out[i][:, j].double() - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
-def gemm(stock: Stock, m: int, n: int, k: int, activations: str) -> Problem:
+def gemm(weights: list[ScaledTensor], m: int, activations: str) -> Problem:
     """D = A B^T: the weights come from DRAM, activations and output are where the layer before and after keep them."""
-    weights = stock.weights(n, k)
+    n, k = weights[0].shape
     a: Any = torch.randn(m, k).bfloat16()
     if activations == "fp8":
         a = per_token_cast_to_fp8(a)

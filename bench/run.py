@@ -60,22 +60,21 @@ class Bench:
         progress: Progress, task: Any,
     ) -> None:
         found: list[Row] = []
-        peers: list[Peer] | None = None
+        peers: list[Peer] = []
+        if op == "fp8_gemm_nt":
+            weights = self.stock.weights(linear.n, linear.k)
+            peers = compete.make_peers(chosen, weights[0], self.stock.cold, machine.memory_budget(), self.notes, linear.name)
         for rows in m if op not in problems.OF_WEIGHTS else (linear.n,):
             progress.update(task, description=f"{op} {linear.name} M={rows}", refresh=True)
             if op == "fp8_gemm_nt":
-                group = [problems.gemm(self.stock, rows, linear.n, linear.k, kind) for kind in activations]
-                if peers is None:
-                    peers = compete.make_peers(
-                        chosen, group[0], self.stock.cold, machine.memory_budget(), self.notes, linear.name
-                    )
+                group = [problems.gemm(weights, rows, kind) for kind in activations]
                 for peer in peers:
                     peer.bind(problems.plain_activations(group[0]))
             elif op == "dequantize":
                 group = [problems.dequantize(self.stock, rows, linear.k)]
             else:
                 group = [problems.cast(getattr(moekern, op), self.stock, rows, linear.k)]
-            found += compete.compete(self.stock, linear.name, group, self.kernel, peers or [], self.effort, self.notes)
+            found += compete.compete(self.stock, linear.name, group, self.kernel, peers, self.effort, self.notes)
             progress.advance(task)
         if found:
             size = linear.n * linear.k / 1e6
@@ -118,7 +117,10 @@ def main(
     if real:
         import real_model
 
-        sections["real"] = real_model.run(console, quick)
+        try:
+            sections["real"] = real_model.run(console, quick)
+        except real_model.Missing as reason:
+            raise typer.BadParameter(str(reason), param_hint="--real") from None
     else:
         try:
             table = suites.load(suite)
@@ -172,5 +174,8 @@ def _progress(console: Console, steps: int) -> Any:
         yield progress, progress.add_task("", total=steps)
 
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()
