@@ -10,11 +10,7 @@ namespace {
 
 // Independent chains: 4 cycles of latency x 4 ports need 16, x 2 ports need 8. With the two factors
 // they fit a file of 32 registers, or of 16.
-#if defined(__aarch64__) || defined(__AVX512F__)
-constexpr int kChains = 24;
-#else
-constexpr int kChains = 12;
-#endif
+constexpr int kChains = kRegisters >= 32 ? 24 : 12;
 
 // acc * 1/2 + 1 tends to 2: never an infinity, a subnormal or a NaN, which some CPUs are slow at.
 struct MultiplyAdd {
