@@ -11,7 +11,7 @@ import torch
 from limits import Limits
 from measure import Contender, Samples, interleave
 from peers import Peer
-from problems import Problem, WrongResult, sampled_error
+from problems import Problem, sampled_error
 from stock import Stock
 
 import moekern
@@ -45,6 +45,11 @@ class Row:
     fraction: float  # of the limit that binds
     peers: dict[str, Samples] = field(default_factory=dict)
     peer_errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set of the kernel, whose multiply-add limit counts."""
+        return self.kernel.removeprefix("cpu.").removesuffix("_stream")
 
     @property
     def gflops(self) -> float:
@@ -134,9 +139,9 @@ def compete(
             try:
                 with moekern.use(kernel={problem.op.name: kernel.name}):
                     problem.check(problem.op(**call), call)
-            except WrongResult as wrong:
+            except AssertionError as wrong:
                 shape = " ".join(f"{key}={value}" for key, value in problem.shape.items())
-                notes.append(f"WRONG RESULT, not timed: {problem.op.name} {kernel.name} {name} {shape}: {wrong}")
+                notes.append(f"WRONG RESULT, not timed: {problem.op.name} {name} {shape}: {wrong}")
                 continue
             entries.append((name, problem, kernel, selected))
     if not entries:
@@ -156,21 +161,21 @@ def compete(
         least = peaks.seconds(problem.flops, problem.bytes, problem.moves)
         rows.append(
             Row(
-                problem.op.name,
-                linear,
-                problem.shape,
-                problem.activations,
-                kernel.name,
-                selected,
-                problem.flops,
-                problem.bytes,
-                problem.moves,
-                samples[name],
-                {key: value for key, value in vars(peaks).items() if not math.isnan(value)},
-                peaks.binds(problem.flops, problem.bytes, problem.moves),
-                least / samples[name].median,
-                {peer: samples[peer] for peer in known},
-                {peer: error for peer, (_, error) in known.items()},
+                op=problem.op.name,
+                linear=linear,
+                shape=problem.shape,
+                activations=problem.activations,
+                kernel=kernel.name,
+                selected=selected,
+                flops=problem.flops,
+                bytes=problem.bytes,
+                moves=problem.moves,
+                samples=samples[name],
+                limits={key: value for key, value in vars(peaks).items() if not math.isnan(value)},
+                binds=peaks.binds(problem.flops, problem.bytes, problem.moves),
+                fraction=least / samples[name].median,
+                peers={peer: samples[peer] for peer in known},
+                peer_errors={peer: error for peer, (_, error) in known.items()},
             )
         )
     return rows

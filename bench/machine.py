@@ -62,16 +62,19 @@ def _commit() -> str:
 
 
 def describe() -> dict[str, Any]:
+    """The machine. Results are comparable where `identity` is equal."""
     cpu = moekern.devices()[0]
     info = cpuinfo.get_cpu_info()
     return {
-        "cpu": info.get("brand_raw") or cpu.name,
-        "family_model": f"{info.get('family', '?')}/{info.get('model', '?')}",
-        "arch": cpu.arch,
-        "features": sorted(cpu.features),
-        "cores": psutil.cpu_count(logical=False),
-        "threads": torch.get_num_threads(),
-        "l3_mb": l3_bytes() // _MB,
+        "identity": {
+            "cpu": info.get("brand_raw") or cpu.name,
+            "family_model": f"{info.get('family', '?')}/{info.get('model', '?')}",
+            "arch": cpu.arch,
+            "features": sorted(cpu.features),
+            "cores": psutil.cpu_count(logical=False),
+            "threads": torch.get_num_threads(),
+            "l3_mb": l3_bytes() // _MB,
+        },
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(os.getloadavg()[0], 2),
         "hugepages": _sysfs(Path("/sys/kernel/mm/transparent_hugepage/enabled")),
@@ -85,11 +88,9 @@ def describe() -> dict[str, Any]:
     }
 
 
-IDENTITY = ("cpu", "family_model", "arch", "features", "cores", "threads", "l3_mb")  # what compare.py insists on
-
-
 def headline(machine: dict[str, Any]) -> str:
+    i = machine["identity"]
     return (
-        f"{machine['cpu']} (family/model {machine['family_model']}), {machine['threads']} threads on "
-        f"{machine['cores']} cores, L3 {machine['l3_mb']} MB · torch {machine['torch']} · moekern {machine['moekern']}"
+        f"{i['cpu']} ({i['family_model']}), {i['threads']} threads on {i['cores']} cores, L3 {i['l3_mb']} MB · "
+        f"torch {machine['torch']} · moekern {machine['moekern']}"
     )

@@ -15,7 +15,6 @@ import torch
 from compete import Effort
 from measure import Contender, Samples, interleave
 from rich.console import Console
-from rich.table import Table
 from stock import Stock
 
 from moekern import fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
@@ -88,35 +87,33 @@ def interference(stock: Stock, rounds: int) -> dict[str, tuple[Samples, Samples]
 def run(console: Console, stock: Stock, effort: Effort, quick: bool) -> tuple[dict[str, Any], list[str]]:
     """Prints the table; returns it for the JSON file, and notes."""
     notes: list[str] = []
-    table = Table(
-        title="around the kernels", title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 1)
-    )
+    table = report.bare_table("around the kernels", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, style="dim")
+    table.add_column(style="dim")
 
     calls = call_overhead()
     for name, samples in calls.items():
-        table.add_row(f"call of {name}, M=1 N=K=128", report.duration(samples.median), report.spread(samples))
+        table.add_row(f"{name}, M=1 N=K=128", report.duration(samples.median), report.spread(samples))
     imported = import_time(3 if quick else 7)
-    table.add_row("import moekern, after import torch", report.duration(imported.median), report.spread(imported))
+    table.add_row("import moekern, torch imported", report.duration(imported.median), report.spread(imported))
 
     cast = problems.cast(per_token_cast_to_fp8, stock, 4096, 7168)
     rows = compete.compete(stock, "4096x7168", [cast], None, [], effort, notes)
     for row in rows:
         table.add_row(
-            f"cast 4096x7168 bf16 to 1x128 FP8, {row.kernel}",
+            "per_token_cast_to_fp8, 4096x7168",
             report.duration(row.samples.median),
-            f"{report.spread(row.samples)}; {row.gbps:.1f} GB/s = {100 * row.fraction:.0f}% of the copy rate, "
-            f"{row.limits['copy'] / 1e9:.1f} GB/s in this run",
+            f"{report.spread(row.samples)}, bf16 by {row.kernel}: {row.gbps:.1f} GB/s, {100 * row.fraction:.0f}% of "
+            f"this run's copy rate, {row.limits['copy'] / 1e9:.1f} GB/s",
         )
     beside = interference(stock, 6 if quick else 20)
     for name, (alone, alternating) in beside.items():
         table.add_row(
-            f"{name}, alternating with the other",
+            name,
             f"{100 * (alternating.median / alone.median - 1):+.1f}%",
-            f"{report.duration(alternating.median)} {report.spread(alternating)}, alone "
-            f"{report.duration(alone.median)} {report.spread(alone)}",
+            f"when it alternates with the other: {report.duration(alternating.median)} {report.spread(alternating)}, "
+            f"among its own {report.duration(alone.median)} {report.spread(alone)}",
         )
     console.print()
     console.print(table)

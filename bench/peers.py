@@ -131,8 +131,7 @@ class _OnnxRuntime(Peer):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         serialised = model.SerializeToString()
         self.sessions = [
-            onnxruntime.InferenceSession(serialised, options, providers=["CPUExecutionProvider"])
-            for _ in range(copies)
+            onnxruntime.InferenceSession(serialised, options, providers=["CPUExecutionProvider"]) for _ in range(copies)
         ]
 
     def bind(self, x: torch.Tensor) -> None:
@@ -191,7 +190,8 @@ def choose(wanted: str) -> tuple[list[type[Peer]], dict[str, str]]:
     for word in filter(None, (part.strip() for part in wanted.split(","))):
         named = [peer for peer in PEERS if word in (peer.name, peer.name.split("-")[0])]
         if not named:
-            raise ValueError(f"--peers {word}: it is none of {', '.join(peer.name for peer in PEERS)}, or a family of them")
+            names = ", ".join(peer.name for peer in PEERS)
+            raise ValueError(f"--peers {word}: it is none of {names}, or a family of them")
         for peer in named:
             if reason := peer.missing():
                 absent[peer.name] = reason

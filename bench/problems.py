@@ -11,11 +11,12 @@ from stock import Stock
 
 import moekern
 from moekern import Op, ScaledTensor, fp8_gemm_nt, per_token_cast_to_fp8
+from moekern.testing.numerics import GemmOracle, check_bound, gemm_oracle
 
 SAMPLED_ROWS, SAMPLED_COLS = 16, 64
 
 
-class WrongResult(Exception):
+class WrongResult(AssertionError):
     """A kernel's result is not within the op's bound: there is no point in timing it."""
 
 
@@ -28,7 +29,7 @@ class Problem:
     bytes: int  # every operand read once and the result written once
     moves: str  # which rate limits the bytes: "read", or "copy" where as much is written as read
     arguments: Callable[[int], dict[str, Any]]  # of one call, for the turn
-    check: Callable[[Any, dict[str, Any]], None]  # raises WrongResult
+    check: Callable[[Any, dict[str, Any]], None]  # raises AssertionError
 
     def call(self, turn: int) -> Any:
         return self.op(**self.arguments(turn))
@@ -47,36 +48,30 @@ def _sample(count: int, most: int) -> torch.Tensor:
     return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long()
 
 
-def _rows(x: torch.Tensor | ScaledTensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows of x in float64."""
+def _some_rows(x: torch.Tensor | ScaledTensor, index: torch.Tensor) -> Any:
+    """Rows of an operand, as an operand."""
     if isinstance(x, torch.Tensor):
-        return x[index].double()
+        return x[index]
     data = x.data.view(torch.uint8)[index].view(x.data.dtype)
-    return ScaledTensor(data, x.scale[index // x.block[0]], (1, x.block[1])).to_float64()
+    return ScaledTensor(data, x.scale[index // x.block[0]], (1, x.block[1]))
+
+
+def _sampled(out: torch.Tensor, call: dict[str, Any]) -> tuple[torch.Tensor, GemmOracle]:
+    """Rows and columns of a D = A B^T, and what they should be."""
+    i, j = _sample(out.shape[0], SAMPLED_ROWS), _sample(out.shape[1], SAMPLED_COLS)
+    return out[i][:, j], gemm_oracle(fp8_gemm_nt, _some_rows(call["a"], i), _some_rows(call["b"], j))
 
 
 def _check_gemm(out: torch.Tensor, call: dict[str, Any]) -> None:
-    """Sampled rows and columns against float64, within K f32 roundings of |A| |B|^T and half an ulp of the output."""
     if not out.isfinite().all():
         raise WrongResult(f"{int((~out.isfinite()).sum())} of {out.numel()} results are not finite")
-    i, j = _sample(out.shape[0], SAMPLED_ROWS), _sample(out.shape[1], SAMPLED_COLS)
-    a, b = _rows(call["a"], i), _rows(call["b"], j)
-    exact = a @ b.T
-    roundings = b.shape[1] + -(-b.shape[1] // 128)
-    half_ulp = exact.abs() * torch.finfo(out.dtype).eps / 2
-    bound = roundings * 2.0**-24 * (a.abs() @ b.abs().T) + half_ulp
-    error = (out[i][:, j].double() - exact).abs()
-    if (error > bound).any():
-        worst = int((error / bound).argmax())
-        at = (int(i[worst // len(j)]), int(j[worst % len(j)]))
-        raise WrongResult(f"element {at}: {error.flatten()[worst]:.3g} off, {bound.flatten()[worst]:.3g} allowed")
+    check_bound(*_sampled(out, call))
 
 
 def sampled_error(out: torch.Tensor, call: dict[str, Any]) -> float:
     """Relative rms error of somebody's D = A B^T, on sampled rows and columns."""
-    i, j = _sample(out.shape[0], SAMPLED_ROWS), _sample(out.shape[1], SAMPLED_COLS)
-    exact = _rows(call["a"], i) @ _rows(call["b"], j).T
-    return ((out[i][:, j].double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+    got, oracle = _sampled(out, call)
+    return ((got.double() - oracle.reference).square().mean() / oracle.reference.square().mean()).sqrt().item()
 
 
 def gemm(weights: list[ScaledTensor], m: int, activations: str) -> Problem:
@@ -101,7 +96,7 @@ def gemm(weights: list[ScaledTensor], m: int, activations: str) -> Problem:
 def plain_activations(problem: Problem) -> torch.Tensor:
     """A GEMM's activations as f32, for peers."""
     a = problem.arguments(0)["a"]
-    return _rows(a, torch.arange(a.shape[0])).float()
+    return a.float() if isinstance(a, torch.Tensor) else moekern.dequantize(a)
 
 
 BLOCKS = {
@@ -163,8 +158,8 @@ def dequantize(stock: Stock, rows: int, cols: int) -> Problem:
 
     def check(out: torch.Tensor, call: dict[str, Any]) -> None:
         for part in _ends(rows):
-            index = torch.arange(part.start, part.stop)
-            if not torch.equal(out[part], _rows(call["x"], index).float().bfloat16()):
+            exact = _some_rows(call["x"], torch.arange(part.start, part.stop)).to_float64()
+            if not torch.equal(out[part], exact.float().bfloat16()):
                 raise WrongResult(f"values differ in rows {part.start} and on")
 
     return Problem(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from measure import Contender, Samples, interleave
 from problems import sampled_error
-from report import duration, spread
+from report import bare_table, duration, spread
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -70,6 +70,7 @@ def load() -> tuple[nn.Module, torch.Tensor, str]:
     if reason := missing():
         raise Missing(reason)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -122,10 +123,7 @@ def layer_errors(
 
 
 def _errors_table(errors: dict[str, dict[str, float]], weights: dict[str, ScaledTensor]) -> Table:
-    table = Table(
-        title="error of each linear layer on the page's hidden states, relative rms against f32",
-        title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1),
-    )
+    table = bare_table("error of each linear layer on the page's hidden states, relative rms against f32")
     for name in ("layers", "N × K"):
         table.add_column(name, no_wrap=True)
     for name in ("W8A16 median", "worst", "W8A8 median", "worst", "kernel alone, worst"):
@@ -198,9 +196,7 @@ def speed(
 
 def _speed_table(found: dict[str, dict[str, Samples]]) -> Table:
     names = ["moekern W8A16", "moekern W8A8", "torch bf16", "torch f32"]
-    table = Table(
-        title="speed", title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1)
-    )
+    table = bare_table("speed")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
@@ -230,10 +226,7 @@ def run(console: Console, quick: bool) -> dict[str, Any]:
     }
     logits = {name: each(tokens).logits[0].float() for name, each in models.items()}
     exact, following = logits["torch f32"], tokens[0, 1:]
-    table = Table(
-        title="next tokens over the page", title_justify="left", title_style="bold", header_style="dim", box=None,
-        padding=(0, 1),
-    )
+    table = bare_table("next tokens over the page")
     table.add_column("model")
     for name in ("same next token as f32", "in f32's top 5", "perplexity"):
         table.add_column(name, justify="right")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort
 def duration(seconds: float) -> str:
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
         if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 100 * scale else f"{seconds / scale:.0f} {unit}"
+            value = seconds / scale
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
     return f"{seconds * 1e9:.0f} ns"
 
 
@@ -45,9 +47,21 @@ def _ratio(ratio: float) -> Text:
     return Text(f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x", style="" if ratio >= 1 else "red")
 
 
+def bare_table(title: str, **options: Any) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=None,
+        padding=(0, 1),
+        **options,
+    )
+
+
 def rows_table(title: str, rows: list[Row]) -> Table:
     """Rows of one linear layer: one line per number of rows, activations and kernel."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, padding=(0, 1))
+    table = bare_table(title)
     compute = any(row.flops for row in rows)
     for name, justify in (("M", "right"), ("A", "left"), ("kernel", "left"), ("time", "right"), ("", "right")):
         table.add_column(name, justify=justify, no_wrap=True)
@@ -78,6 +92,22 @@ def rows_table(title: str, rows: list[Row]) -> Table:
     return table
 
 
+def limits_line(rows: list[Row]) -> str:
+    """The run's limits, with the range over its comparisons: a wide one means that the machine was shared."""
+    seen: dict[str, list[float]] = {}
+    for row in rows:
+        for name, rate in row.limits.items():
+            if name == "multiply_add":
+                seen.setdefault(f"{row.isa} multiply-add, GFLOP/s", []).append(rate)
+            else:
+                seen.setdefault(f"DRAM {name}, GB/s", []).append(rate)
+    ranges = (
+        f"{name} {statistics.median(rates) / 1e9:.1f} ({min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f})"
+        for name, rates in seen.items()
+    )
+    return "Limits of this run: " + "; ".join(ranges)
+
+
 def explain(console: Console, peers: list[str], absent: dict[str, str]) -> None:
     """The legend under the tables."""
     console.print(
@@ -100,62 +130,100 @@ def plot(path: Path, rows: list[Row], machine: dict[str, Any], title: str) -> No
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     rows = [row for row in rows if row.flops]
     if not rows:
         raise ValueError("--plot: the run has no op with floating-point operations to draw")
-    figure, axes = pyplot.subplots(figsize=(10.5, 6.2), constrained_layout=True)
-    read = statistics.median(row.limits["read"] for row in rows)
-    peaks: dict[float, str] = {}
-    by_isa: dict[str, list[float]] = {}
-    for row in rows:
-        by_isa.setdefault(row.kernel.split("_")[0].removeprefix("cpu."), []).append(row.limits["multiply_add"])
-    for isa, values in by_isa.items():
-        peaks[statistics.median(values)] = isa
-    intensity = [row.flops / row.bytes for row in rows]
-    low, high = min(intensity) / 1.6, max(intensity) * 1.6
-    for peak, isa in sorted(peaks.items()):
-        knee = peak / read
-        points = [low, max(knee, low), max(high, knee * 1.6)]
-        axes.plot(points, [min(read * x, peak) / 1e9 for x in points], color="black", linewidth=1.4, zorder=1)
-        axes.annotate(
-            f"{isa} multiply-add {peak / 1e9:.0f} GFLOP/s", (points[-1], peak / 1e9), ha="right", va="bottom",
-            xytext=(0, 3), textcoords="offset points", fontsize=9,
-        )
-    axes.annotate(
-        f"DRAM read {read / 1e9:.1f} GB/s", (low * 1.05, read * low * 1.05 / 1e9), rotation=0, va="bottom", ha="left",
-        xytext=(-2, 12), textcoords="offset points", fontsize=9,
-    )
-    layers = list(dict.fromkeys((row.linear, row.shape["n"], row.shape["k"]) for row in rows))
+    figure, axes = pyplot.subplots(figsize=(12, 6.2), constrained_layout=True)
+    low, read = _roofs(axes, rows)
+    layers = list(dict.fromkeys(_layer(row) for row in rows))
     colours = pyplot.get_cmap("tab10")
-    markers = {"bf16": "o", "fp8": "^"}
     for i, layer in enumerate(layers):
-        for activations, marker in markers.items():
-            mine = [r for r in rows if (r.linear, r.shape["n"], r.shape["k"]) == layer and r.activations == activations]
+        for activations, marker in MARKERS.items():
+            mine = [row for row in rows if _layer(row) == layer and row.activations == activations]
             if mine:
                 axes.plot(
-                    [r.flops / r.bytes for r in mine], [r.gflops for r in mine], marker, color=colours(i % 10),
-                    markersize=7, alpha=0.85, markeredgewidth=0,
-                    label=f"{layer[0]}  {layer[1]}×{layer[2]}, {activations}",
+                    [row.flops / row.bytes for row in mine],
+                    [row.gflops for row in mine],
+                    marker,
+                    color=colours(i % 10),
+                    markersize=6,
+                    alpha=0.8,
+                    markeredgewidth=0,
+                    label=f"{layer[0]}  {layer[1]} × {layer[2]}, {activations}",
                 )
-    best: dict[tuple, tuple[float, float]] = {}
+    fastest: dict[tuple[Any, ...], tuple[float, float]] = {}
     for row in rows:
         for samples in row.peers.values():
-            key = (row.linear, row.shape["m"])
-            gflops = row.flops / samples.median / 1e9
-            best[key] = max(best.get(key, (row.flops / row.bytes, 0.0)), (row.flops / row.bytes, gflops), key=lambda p: p[1])
-    if best:
-        axes.plot(*zip(*best.values(), strict=True), "x", color="grey", markersize=6, zorder=0, label="fastest peer, any format")
-    tops: dict[int, list[tuple[float, float]]] = {}
+            here = (row.flops / row.bytes, row.flops / samples.median / 1e9)
+            key = (*_layer(row), row.shape["m"])
+            fastest[key] = max(fastest.get(key, here), here, key=lambda point: point[1])
+    if fastest:
+        x, y = zip(*fastest.values(), strict=True)
+        axes.plot(x, y, "x", color="grey", markersize=6, zorder=0, label="fastest peer, any number format")
+    columns: dict[int, list[Row]] = {}
     for row in rows:
-        tops.setdefault(row.shape["m"], []).append((row.flops / row.bytes, row.gflops))
-    for m, points in tops.items():
-        x, y = statistics.median(p[0] for p in points), min(p[1] for p in points)
-        axes.annotate(f"M={m}", (x, y), ha="center", va="top", xytext=(0, -9), textcoords="offset points", fontsize=8)
-    axes.set(xscale="log", yscale="log", xlabel="intensity, operations per byte", ylabel="GFLOP/s")
+        columns.setdefault(row.shape["m"], []).append(row)
+    for m, column in columns.items():
+        x_of_m = statistics.median(row.flops / row.bytes for row in column)
+        axes.annotate(
+            f"M={m}",
+            (x_of_m, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=8,
+            color="dimgrey",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that has to move", ylabel="GFLOP/s")
+    axes.set_ylim(bottom=axes.get_ylim()[0] / 1.5)  # room for the M
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.set_minor_formatter(ticker.NullFormatter())
     axes.set_title(f"{title}\n{headline(machine)}", fontsize=10, loc="left")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=8, loc="lower right")
+    axes.grid(which="major", alpha=0.25)
+    figure.legend(fontsize=8, loc="outside right upper", frameon=False)
+    _label_slope(figure, axes, low, read)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+MARKERS = {"bf16": "o", "fp8": "^"}
+
+
+def _layer(row: Row) -> tuple[str, int, int]:
+    return row.linear, row.shape["n"], row.shape["k"]
+
+
+def _roofs(axes: Any, rows: list[Row]) -> tuple[float, float]:
+    """The DRAM slope and the multiply-add ceiling of every kernel that ran; where the slope begins, and its rate."""
+    read = statistics.median(row.limits["read"] for row in rows)
+    ceilings: dict[str, list[float]] = {}
+    for row in rows:
+        ceilings.setdefault(row.isa, []).append(row.limits["multiply_add"])
+    intensity = [row.flops / row.bytes for row in rows]
+    peaks = {isa: statistics.median(values) for isa, values in ceilings.items()}
+    low, high = min(intensity) / 3, 2.5 * max(*intensity, *(peak / read for peak in peaks.values()))
+    for isa, peak in peaks.items():
+        points = [low, max(low, peak / read), high]
+        axes.plot(points, [min(read * x, peak) / 1e9 for x in points], color="black", linewidth=1.3, zorder=1)
+        axes.annotate(
+            f"{isa} multiply-add, {peak / 1e9:.0f} GFLOP/s", (high, peak / 1e9), ha="right", va="bottom",
+            xytext=(0, 3), textcoords="offset points", fontsize=9,
+        )  # fmt: skip
+    return low, read
+
+
+def _label_slope(figure: Any, axes: Any, low: float, read: float) -> None:
+    """Along the slope, whose angle on paper is known once everything else is drawn."""
+    figure.draw_without_rendering()
+    (x0, y0), (x1, y1) = axes.transData.transform([(low, read * low / 1e9), (2 * low, 2 * read * low / 1e9)])
+    axes.annotate(
+        f"DRAM read, {read / 1e9:.1f} GB/s", (low, read * low / 1e9), ha="left", va="bottom", fontsize=9,
+        rotation=math.degrees(math.atan2(y1 - y0, x1 - x0)), rotation_mode="anchor", xytext=(2, 6),
+        textcoords="offset points",
+    )  # fmt: skip

@@ -56,14 +56,21 @@ class Bench:
         self.notes: list[str] = []
 
     def linear(
-        self, op: str, linear: suites.Linear, m: tuple[int, ...], activations: list[str], chosen: list[type[Peer]],
-        progress: Progress, task: Any,
+        self,
+        op: str,
+        linear: suites.Linear,
+        m: tuple[int, ...],
+        activations: list[str],
+        chosen: list[type[Peer]],
+        progress: Progress,
+        task: Any,
     ) -> None:
         found: list[Row] = []
         peers: list[Peer] = []
         if op == "fp8_gemm_nt":
             weights = self.stock.weights(linear.n, linear.k)
-            peers = compete.make_peers(chosen, weights[0], self.stock.cold, machine.memory_budget(), self.notes, linear.name)
+            memory = machine.memory_budget()
+            peers = compete.make_peers(chosen, weights[0], self.stock.cold, memory, self.notes, linear.name)
         for rows in m if op not in problems.OF_WEIGHTS else (linear.n,):
             progress.update(task, description=f"{op} {linear.name} M={rows}", refresh=True)
             if op == "fp8_gemm_nt":
@@ -77,11 +84,10 @@ class Bench:
             found += compete.compete(self.stock, linear.name, group, self.kernel, peers, self.effort, self.notes)
             progress.advance(task)
         if found:
-            size = linear.n * linear.k / 1e6
+            size = f"{linear.n * linear.k / 1e6:.1f} MB of weights"
+            title = f"{op} · {linear.name} · N {linear.n} × K {linear.k} · {size}"
             self.console.print()
-            self.console.print(
-                report.rows_table(f"{op} · {linear.name} · N {linear.n} × K {linear.k} · {size:.1f} MB of weights", found)
-            )
+            self.console.print(report.rows_table(title, found))
         self.rows += found
 
 
@@ -94,8 +100,8 @@ def main(
     peers: Annotated[str | None, typer.Option(help="names or families, separated by commas; none")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="under 3 minutes: fewer rows, samples and peers")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
-    overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, and of running beside torch")] = True,
-    real: Annotated[bool, typer.Option("--real", help="instead: a real language model, every linear layer in FP8")] = False,
+    overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
+    real: Annotated[bool, typer.Option("--real", help="instead: a real language model with FP8 layers")] = False,
     json: Annotated[Path | None, typer.Option(help="write everything here")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the roofline here, as PNG")] = None,
 ) -> None:
@@ -124,8 +130,8 @@ def main(
     else:
         try:
             table = suites.load(suite)
-            chosen, absent = choose(peers if peers is not None else QUICK_PEERS if quick else "torch,onnxruntime") \
-                if peers != "none" else ([], {})
+            wanted = peers if peers is not None else QUICK_PEERS if quick else "torch,onnxruntime"
+            chosen, absent = choose("" if wanted == "none" else wanted)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
         ops = OP_NAMES if op == "all" else _list("--op", op, OP_NAMES)
@@ -141,6 +147,8 @@ def main(
                 for linear in table.linears:
                     bench.linear(name, linear, ms, kinds, chosen if name == "fp8_gemm_nt" else [], progress, task)
         console.print()
+        if bench.rows:
+            console.print(report.limits_line(bench.rows), highlight=False)
         report.explain(console, [peer.name for peer in chosen], absent)
         if overhead and kernel is None:
             sections["overheads"], notes = overheads.run(console, stock, bench.effort, quick)

@@ -15,9 +15,8 @@ constexpr int64_t kPieceBytes = 256 << 10;  // a sequential run for the prefetch
 
 template <class Body>
 void for_each_piece(int threads, int64_t bytes, const Body& body) {
-  parallel_for(threads, (bytes + kPieceBytes - 1) / kPieceBytes, [&](int64_t piece) {
-    body(piece * kPieceBytes, std::min(kPieceBytes, bytes - piece * kPieceBytes));
-  });
+  parallel_for(threads, (bytes + kPieceBytes - 1) / kPieceBytes,
+               [&](int64_t piece) { body(piece * kPieceBytes, std::min(kPieceBytes, bytes - piece * kPieceBytes)); });
 }
 
 }  // namespace

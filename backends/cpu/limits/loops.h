@@ -71,7 +71,8 @@ inline void store_past_caches(char* p, I32 x) {
 void copy(const char* src, int64_t bytes, char* dst) {
   for (int64_t i = 0; i < bytes; i += kStepBytes) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kStreams; ++v) store_past_caches(dst + i + v * kVectorBytes, load_i32(src + i + v * kVectorBytes));
+    for (int v = 0; v < kStreams; ++v)
+      store_past_caches(dst + i + v * kVectorBytes, load_i32(src + i + v * kVectorBytes));
   }
   __atomic_thread_fence(__ATOMIC_SEQ_CST);  // orders streaming stores too
 }
