@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,7 +150,7 @@ def compete(
     limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copy=problems[0].moves == "copy")
     known = checked_peers(peers, problems[0].arguments(0), notes, f"m={problems[0].shape['m']} of {linear}")
     contenders = [
-        Contender(name, problem.call, lambda p=problem, k=kernel: moekern.use(kernel={p.op.name: k.name}))
+        Contender(name, problem.call, partial(moekern.use, kernel={problem.op.name: kernel.name}))
         for name, problem, kernel, _ in entries
     ]
     contenders += limits.contenders

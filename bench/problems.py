@@ -34,7 +34,7 @@ class Problem:
     def call(self, turn: int) -> Any:
         return self.op(**self.arguments(turn))
 
-    def prepared(self) -> tuple:
+    def prepared(self) -> tuple[Any, ...]:
         return self.op.prepare(**self.arguments(0))
 
 

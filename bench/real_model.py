@@ -10,6 +10,7 @@ import copy
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,10 @@ def load() -> tuple[nn.Module, torch.Tensor, str]:
 
 def hidden_states(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Input [T, K] and output [T, N] of every linear layer over the page."""
-    seen = {}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             seen[name] = (args[0].reshape(-1, args[0].shape[-1]), output.reshape(-1, output.shape[-1]))
 
         return hook
@@ -112,7 +113,7 @@ def layer_errors(
     seen: dict[str, tuple[torch.Tensor, torch.Tensor]], weights: dict[str, ScaledTensor]
 ) -> dict[str, dict[str, float]]:
     """Relative rms error of every layer: against f32, and of the kernel alone (its own operands in float64)."""
-    errors = {}
+    errors: dict[str, dict[str, float]] = {}
     for name, (x, exact) in seen.items():
         errors[name] = {}
         for kind, a in (("W8A16", x.bfloat16()), ("W8A8", per_token_cast_to_fp8(x.bfloat16()))):
@@ -158,40 +159,43 @@ def speed(
     models: dict[str, nn.Module], plain: Linears, weights: dict[str, ScaledTensor], tokens: torch.Tensor, budget: float
 ) -> dict[str, dict[str, Samples]]:
     """Seconds of one token and of the page: all linear layers alone, then the whole model."""
-    dense = {
-        "torch f32": {name: linear.weight for name, linear in plain.items()},
-        "torch bf16": {name: linear.weight.bfloat16() for name, linear in plain.items()},
-    }
+    length = tokens.shape[1]
+    f32 = [linear.weight for linear in plain.values()]
+    bf16 = [weight.bfloat16() for weight in f32]
+
+    def dense(layers: list[torch.Tensor], x: dict[int, torch.Tensor], turn: int) -> None:
+        for weight in layers:
+            F.linear(x[weight.shape[1]], weight)
+
+    def fp8(cast: bool, x: dict[int, torch.Tensor], turn: int) -> None:
+        for weight in weights.values():
+            rows = x[weight.shape[1]]
+            fp8_gemm_nt(per_token_cast_to_fp8(rows) if cast else rows, weight)
+
     found = {}
-    for label, m in (("1 token", 1), (f"{tokens.shape[1]} tokens", tokens.shape[1])):
-        x = {k: torch.randn(m, k) for k in {linear.in_features for linear in plain.values()}}
+    for label, m in (("1 token", 1), (f"{length} tokens", length)):
+        x = {k: torch.randn(m, k) for k in {weight.shape[1] for weight in f32}}
         x16 = {k: value.bfloat16() for k, value in x.items()}
-
-        def run_dense(turn: int, kind: str, inputs: dict[int, torch.Tensor]) -> None:
-            for weight in dense[kind].values():
-                F.linear(inputs[weight.shape[1]], weight)
-
-        def run_fp8(turn: int, cast: bool, inputs: dict[int, torch.Tensor]) -> None:
-            for weight in weights.values():
-                a = inputs[weight.shape[1]]
-                fp8_gemm_nt(per_token_cast_to_fp8(a) if cast else a, weight)
-
         found[f"all linear layers, {label}"] = interleave(
             [
-                Contender("moekern W8A16", lambda t, x=x16: run_fp8(t, False, x)),
-                Contender("moekern W8A8", lambda t, x=x16: run_fp8(t, True, x)),
-                Contender("torch bf16", lambda t, x=x16: run_dense(t, "torch bf16", x)),
-                Contender("torch f32", lambda t, x=x: run_dense(t, "torch f32", x)),
+                Contender("moekern W8A16", partial(fp8, False, x16)),
+                Contender("moekern W8A8", partial(fp8, True, x16)),
+                Contender("torch bf16", partial(dense, bf16, x16)),
+                Contender("torch f32", partial(dense, f32, x)),
             ],
             budget,
         )
     found["whole model, next token"] = interleave(
         [Contender(name, _next_token(model, tokens)) for name, model in models.items()], budget
     )
-    found[f"whole model, {tokens.shape[1]} tokens"] = interleave(
-        [Contender(name, lambda turn, model=model: model(tokens)) for name, model in models.items()], budget
+    found[f"whole model, {length} tokens"] = interleave(
+        [Contender(name, partial(_page, model, tokens)) for name, model in models.items()], budget
     )
     return found
+
+
+def _page(model: nn.Module, tokens: torch.Tensor, turn: int) -> None:
+    model(tokens)
 
 
 def _speed_table(found: dict[str, dict[str, Samples]]) -> Table:

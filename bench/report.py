@@ -63,8 +63,8 @@ def rows_table(title: str, rows: list[Row]) -> Table:
     """Rows of one linear layer: one line per number of rows, activations and kernel."""
     table = bare_table(title)
     compute = any(row.flops for row in rows)
-    for name, justify in (("M", "right"), ("A", "left"), ("kernel", "left"), ("time", "right"), ("", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)
+    for name in ("M", "A", "kernel", "time", ""):
+        table.add_column(name, justify="left" if name in ("A", "kernel") else "right", no_wrap=True)
     if compute:
         table.add_column("GFLOP/s", justify="right", no_wrap=True)
     table.add_column("GB/s", justify="right", no_wrap=True)

@@ -115,7 +115,7 @@ def main(
     torch.set_grad_enabled(False)
     started = time.perf_counter()
     facts = machine.describe()
-    console.print(f"[bold]moekern bench[/] · {report.headline(facts)}", highlight=False)
+    console.print(f"[bold]moekern bench[/] · {machine.headline(facts)}", highlight=False)
     if facts["load"] > 0.5:
         console.print(f"[yellow]The machine is busy (load {facts['load']}): expect a wide spread.")
     sections: dict[str, Any] = {}
