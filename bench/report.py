@@ -13,6 +13,7 @@ from machine import headline
 from measure import Samples
 from peers import PEERS
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -59,6 +60,14 @@ def bare_table(title: str, **options: Any) -> Table:
     )
 
 
+def show(console: Console, table: Table) -> None:
+    """Every column whole: a table wider than the terminal runs on rather than losing digits."""
+    width = console.width
+    console.width = max(width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    console.print(table)
+    console.width = width
+
+
 def rows_table(title: str, rows: list[Row]) -> Table:
     """Rows of one linear layer: one line per number of rows, activations and kernel."""
     table = bare_table(title)
@@ -92,20 +101,20 @@ def rows_table(title: str, rows: list[Row]) -> Table:
     return table
 
 
-def limits_line(rows: list[Row]) -> str:
-    """The run's limits, with the range over its comparisons: a wide one means that the machine was shared."""
+SHARED = 2.0  # times: limits that differ by more within a run were taken with neighbours on the cores
+
+
+def limits_of(console: Console, rows: list[Row]) -> None:
+    """The run's limits, with the range over its comparisons."""
     seen: dict[str, list[float]] = {}
     for row in rows:
         for name, rate in row.limits.items():
-            if name == "multiply_add":
-                seen.setdefault(f"{row.isa} multiply-add, GFLOP/s", []).append(rate)
-            else:
-                seen.setdefault(f"DRAM {name}, GB/s", []).append(rate)
-    ranges = (
-        f"{name} {statistics.median(rates) / 1e9:.1f} ({min(rates) / 1e9:.1f} to {max(rates) / 1e9:.1f})"
-        for name, rates in seen.items()
-    )
-    return "Limits of this run: " + "; ".join(ranges)
+            what = f"{row.isa} multiply-add, GFLOP/s" if name == "multiply_add" else f"DRAM {name}, GB/s"
+            seen.setdefault(what, []).append(rate / 1e9)
+    ranges = (f"{what} {statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for what, r in seen.items())
+    console.print(f"Limits of this run: {'; '.join(ranges)}", highlight=False)
+    if any(max(rates) > SHARED * min(rates) for rates in seen.values()):
+        console.print("[bold red]The limits changed during the run: others use this machine. Trust none of this.")
 
 
 def explain(console: Console, peers: list[str], absent: dict[str, str]) -> None:

@@ -87,7 +87,7 @@ class Bench:
             size = f"{linear.n * linear.k / 1e6:.1f} MB of weights"
             title = f"{op} · {linear.name} · N {linear.n} × K {linear.k} · {size}"
             self.console.print()
-            self.console.print(report.rows_table(title, found))
+            report.show(self.console, report.rows_table(title, found))
         self.rows += found
 
 
@@ -148,7 +148,7 @@ def main(
                     bench.linear(name, linear, ms, kinds, chosen if name == "fp8_gemm_nt" else [], progress, task)
         console.print()
         if bench.rows:
-            console.print(report.limits_line(bench.rows), highlight=False)
+            report.limits_of(console, bench.rows)
         report.explain(console, [peer.name for peer in chosen], absent)
         if overhead and kernel is None:
             sections["overheads"], notes = overheads.run(console, stock, bench.effort, quick)
