@@ -358,6 +358,44 @@ void run_dequantize(void (*run)(const CastProblem&), py::handle x, py::handle ou
   run(p);
 }
 
+// ---- limits ----------------------------------------------------------------------------------------
+
+// The bytes of a contiguous tensor, for the loops that only move them.
+struct Bytes {
+  char* data;
+  int64_t count;
+};
+
+Bytes bytes_of(const char* name, py::handle object) {
+  const Matrix m = view("limits", name, object).matrix;
+  const int64_t count = m.rows * m.cols * size_of(m.dtype);
+  check(m.col_stride == 1 && (m.rows == 1 || m.row_stride == m.cols), "limits: ", name, " must be contiguous");
+  check(count % kLimitGranule == 0 && reinterpret_cast<uintptr_t>(m.data) % 64 == 0, "limits: ", name,
+        " must be a multiple of ", kLimitGranule, " bytes, 64-byte aligned");
+  return {m.data, count};
+}
+
+int64_t run_multiply_add(const LimitLoops& limits) {
+  const int threads = num_threads();
+  py::gil_scoped_release release;
+  return limits.multiply_add(threads);
+}
+
+void run_read(const LimitLoops& limits, py::handle x) {
+  const Bytes src = bytes_of("x", x);
+  const int threads = num_threads();
+  py::gil_scoped_release release;
+  limits.read(src.data, src.count, threads);
+}
+
+void run_copy(const LimitLoops& limits, py::handle x, py::handle out) {
+  const Bytes src = bytes_of("x", x), dst = bytes_of("out", out);
+  check(src.count == dst.count, "limits: out must have as many bytes as x");
+  const int threads = num_threads();
+  py::gil_scoped_release release;
+  limits.copy(src.data, src.count, dst.data, threads);
+}
+
 // ---- rows ----------------------------------------------------------------------------------------
 
 py::frozenset names_of(uint64_t bits, const Table<Feature>& features) {
@@ -367,9 +405,11 @@ py::frozenset names_of(uint64_t bits, const Table<Feature>& features) {
   return py::frozenset(names);
 }
 
-// {"features": (), "thread_team": (), "fp8_gemm_nt": [(name, needs, run, refuses)], "cast": [(name, needs, cast, silu_mul_cast, dequantize)]}
+// {"features": (), "thread_team": (), "fp8_gemm_nt": [(name, needs, run, refuses)],
+//  "cast": [(name, needs, cast, silu_mul_cast, dequantize)],
+//  "limits": [(name, needs, multiply_add() -> flops, read(x), copy(x, out))]}
 py::dict rows_of(const Backend& backend) {
-  py::list gemm, cast;
+  py::list gemm, cast, limits;
   for (const GemmKernel& k : backend.gemm) {
     py::cpp_function run([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
       run_gemm(k, a, b, c, bias, out);
@@ -387,11 +427,18 @@ py::dict rows_of(const Backend& backend) {
                                bind(k.silu_mul_cast, "silu_mul_cast_to_fp8"),
                                py::cpp_function([run = k.dequantize](py::handle x, py::handle out) { run_dequantize(run, x, out); })));
   }
+  for (const LimitLoops& l : backend.limits) {
+    limits.append(py::make_tuple(l.name, names_of(l.needs, backend.features),
+                                 py::cpp_function([&l] { return run_multiply_add(l); }),
+                                 py::cpp_function([&l](py::handle x) { run_read(l, x); }),
+                                 py::cpp_function([&l](py::handle x, py::handle out) { run_copy(l, x, out); })));
+  }
   py::dict rows;
   rows["features"] = py::cpp_function([&backend] { return names_of(backend.detect_features(), backend.features); });
   rows["thread_team"] = py::cpp_function(backend.thread_team);
   rows["fp8_gemm_nt"] = gemm;
   rows["cast"] = cast;
+  rows["limits"] = limits;
   return rows;
 }
 

@@ -1,13 +1,14 @@
 // Turns kernels.inc into rows of data for csrc/bindings.cpp.
 #include "cpu/features.h"
 #include "cpu/gemm/driver.h"
+#include "cpu/limits/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/quant/driver.h"
 
 namespace moekern::cpu {
 
 #define MOEKERN_STREAM(ISA, NEEDS)
-#define MOEKERN_PACKED(ISA, NEEDS) extern const GemmIsa k_##ISA;
+#define MOEKERN_PACKED(ISA, NEEDS) extern const GemmIsa k_##ISA; extern const LimitIsa k_limits_##ISA;
 #define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
@@ -23,6 +24,14 @@ template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_pack
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
+
+template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
+template <const LimitIsa& kIsa> void run_read(const char* src, int64_t bytes, int threads) {
+  limit_read(kIsa, src, bytes, threads);
+}
+template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, char* dst, int threads) {
+  limit_copy(kIsa, src, bytes, dst, threads);
+}
 
 constexpr GemmKernel kGemm[] = {
 #define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
@@ -44,11 +53,24 @@ constexpr CastKernel kCast[] = {
 #undef MOEKERN_CAST
 };
 
+// Every ISA has a packed kernel.
+constexpr LimitLoops kLimits[] = {
+#define MOEKERN_STREAM(ISA, NEEDS)
+#define MOEKERN_PACKED(ISA, NEEDS) \
+  {"cpu." #ISA, NEEDS, run_multiply_add<k_limits_##ISA>, run_read<k_limits_##ISA>, run_copy<k_limits_##ISA>},
+#define MOEKERN_CAST(ISA, NEEDS)
+#include "cpu/kernels.inc"
+#undef MOEKERN_STREAM
+#undef MOEKERN_PACKED
+#undef MOEKERN_CAST
+};
+
 }  // namespace
 
 const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
+                                {kLimits, sizeof kLimits / sizeof *kLimits},
                                 {kFeatures, sizeof kFeatures / sizeof *kFeatures},
                                 detect_features,
                                 thread_team};

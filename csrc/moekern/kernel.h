@@ -47,6 +47,17 @@ struct CastKernel {
   void (*dequantize)(const CastProblem&);
 };
 
+constexpr int64_t kLimitGranule = 1024;  // bytes read or copied are a multiple: unrolled loops, no tail
+
+// The device's own limits as one ISA reaches them: what bench/ holds that ISA's kernels against.
+struct LimitLoops {
+  const char* name;
+  uint64_t needs;
+  int64_t (*multiply_add)(int threads);  // f32, in registers; returns the floating-point operations done
+  void (*read)(const char* src, int64_t bytes, int threads);
+  void (*copy)(const char* src, int64_t bytes, char* dst, int threads);
+};
+
 template <class Row>
 struct Table {
   const Row* rows;
@@ -64,6 +75,7 @@ struct Feature {        // one bit of a kernel's `needs`, by the name that Devic
 struct Backend {
   Table<GemmKernel> gemm;
   Table<CastKernel> cast;
+  Table<LimitLoops> limits;
   Table<Feature> features;
   uint64_t (*detect_features)();
   const char* (*thread_team)();  // whose threads run the kernels, for people

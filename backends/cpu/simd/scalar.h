@@ -11,6 +11,7 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int W = 1;
+constexpr int kRegisters = 16;
 using F32 = float;
 using I32 = uint32_t;
 

@@ -1,0 +1,10 @@
+#include "cpu/simd/avx512.h"
+
+#include "cpu/limits/loops.h"
+
+namespace moekern::cpu {
+
+extern const LimitIsa k_limits_avx512;
+constexpr LimitIsa k_limits_avx512 = {multiply_add<MultiplyAdd>, read, copy};
+
+}  // namespace moekern::cpu

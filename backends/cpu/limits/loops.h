@@ -1,0 +1,81 @@
+// Loops that do one thing as fast as the ISA can, written over the vector vocabulary.
+#pragma once
+
+// Included after one simd/*.h: everything here is per ISA.
+#include "cpu/limits/driver.h"
+#include "moekern/kernel.h"
+
+namespace moekern::cpu {
+namespace {
+
+// Independent chains: 4 cycles of latency x 4 ports need 16, x 2 ports need 8. With the two factors
+// they fit a file of 32 registers, or of 16.
+constexpr int kChains = kRegisters >= 32 ? 24 : 12;
+
+// acc * 1/2 + 1 tends to 2: never an infinity, a subnormal or a NaN, which some CPUs are slow at.
+struct MultiplyAdd {
+  static constexpr int kFlops = 2;  // a lane
+  F32 half = set1(0.5f), one = set1(1.f);
+  F32 operator()(F32 acc) const { return fma(acc, half, one); }
+};
+
+template <class Step>
+int64_t multiply_add(int64_t rounds) {
+  const Step step;
+  F32 acc[kChains];
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) acc[i] = set1(static_cast<float>(i));  // apart: equal chains would be merged
+  for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+    for (int i = 0; i < kChains; ++i) acc[i] = step(acc[i]);
+  }
+  F32 sum = zero();
+#pragma GCC unroll 24
+  for (int i = 0; i < kChains; ++i) sum = add(sum, acc[i]);
+  volatile float result = reduce_add(sum);
+  (void)result;
+  return rounds * kChains * W * Step::kFlops;
+}
+
+constexpr int kStreams = 4;
+constexpr int64_t kVectorBytes = sizeof(I32), kStepBytes = kStreams * kVectorBytes;
+static_assert(kLimitGranule % kStepBytes == 0, "no tail");
+
+void read(const char* src, int64_t bytes) {
+  I32 seen[kStreams];
+#pragma GCC unroll 4
+  for (int v = 0; v < kStreams; ++v) seen[v] = set1_i32(0);
+  for (int64_t i = 0; i < bytes; i += kStepBytes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kStreams; ++v) seen[v] = bit_or(seen[v], load_i32(src + i + v * kVectorBytes));
+  }
+  uint32_t words[kStreams * W];
+#pragma GCC unroll 4
+  for (int v = 0; v < kStreams; ++v) store_i32(words + v * W, seen[v]);
+  volatile uint32_t result = words[0] | words[W] | words[2 * W] | words[3 * W];
+  (void)result;
+}
+
+// Past the caches where an instruction says so: a plain store first reads the line it writes to.
+// ARM cores notice a stream of stores by themselves.
+inline void store_past_caches(char* p, I32 x) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
+#elif defined(__AVX2__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x);
+#else
+  store_i32(p, x);
+#endif
+}
+
+void copy(const char* src, int64_t bytes, char* dst) {
+  for (int64_t i = 0; i < bytes; i += kStepBytes) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kStreams; ++v)
+      store_past_caches(dst + i + v * kVectorBytes, load_i32(src + i + v * kVectorBytes));
+  }
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);  // orders streaming stores too
+}
+
+}  // namespace
+}  // namespace moekern::cpu

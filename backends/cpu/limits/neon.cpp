@@ -1,0 +1,10 @@
+#include "cpu/simd/neon.h"
+
+#include "cpu/limits/loops.h"
+
+namespace moekern::cpu {
+
+extern const LimitIsa k_limits_neon;
+constexpr LimitIsa k_limits_neon = {multiply_add<MultiplyAdd>, read, copy};
+
+}  // namespace moekern::cpu

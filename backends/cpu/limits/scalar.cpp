@@ -1,0 +1,10 @@
+#include "cpu/simd/scalar.h"
+
+#include "cpu/limits/loops.h"
+
+namespace moekern::cpu {
+
+extern const LimitIsa k_limits_scalar;
+constexpr LimitIsa k_limits_scalar = {multiply_add<MultiplyAdd>, read, copy};
+
+}  // namespace moekern::cpu

