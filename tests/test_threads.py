@@ -106,7 +106,8 @@ def test_multiprocessing_fork() -> None:
 FORKS = """
     import os, torch, moekern
     torch.set_num_threads(4)
-    w = moekern.per_block_cast_to_fp8(torch.randn(1500, 700))
+    with moekern.use(num_threads=1):
+        w = moekern.per_block_cast_to_fp8(torch.randn(1500, 700))
     x = torch.randn(5, 700)
     def work():
         return moekern.fp8_gemm_nt(x, w)
