@@ -130,6 +130,9 @@ void after_fork_in_child() {
   team = nullptr;
 }
 
+// When the library is loaded, not at the first region: torch may use its threads, and fork, before that.
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
+
 Team& own_team() {
   static std::mutex creation;
   std::lock_guard<std::mutex> lock(creation);
@@ -148,8 +151,6 @@ struct Buffer {
 void run_region(int threads, RegionFn fn, void* context) {
   Region region{fn, context};
   if (threads <= 1) return region.run();
-  static const int registered = pthread_atfork(nullptr, nullptr, after_fork_in_child);
-  (void)registered;
   if (GompParallel parallel = torch_openmp())
     return parallel(run_region_thunk, &region, static_cast<unsigned>(threads), 0);
   own_team().run(threads, region);

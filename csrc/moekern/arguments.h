@@ -20,6 +20,7 @@ inline void check_grid(const char* op, const char* name, const Matrix& data, con
 }
 
 inline void check_output(const char* op, const char* name, const Matrix& out) {
+  if (out.rows == 0 || out.cols == 0) return;
   // Apart, if one stride steps over all that the other spans.
   const int64_t rows = out.rows > 1 ? out.row_stride : INT64_MAX, cols = out.cols > 1 ? out.col_stride : INT64_MAX;
   const bool apart = rows < cols ? rows > 0 && (out.cols <= 1 || cols > rows * (out.rows - 1))

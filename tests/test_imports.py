@@ -1,0 +1,145 @@
+"""Who may import whom, read from the source; and what `import moekern` brings along."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILIES = ("cpu", "cuda", "rocm", "ascend")
+VENDORS = {  # package -> the backends that may import it
+    "torch_npu": {"ascend"},
+    "acl": {"ascend"},
+    "triton": {"_triton", "cuda", "rocm", "ascend"},
+    "cuda": {"cuda"},
+    "cupy": {"cuda"},
+    "pynvml": {"cuda"},
+    "hip": {"rocm"},
+    "amdsmi": {"rocm"},
+}
+VENDOR_HEADERS = {  # beginning of an include -> the backends that may include it
+    "cuda": {"cuda"},
+    "nvrtc": {"cuda"},
+    "hip/": {"rocm"},
+    "acl/": {"ascend"},
+    "kernel_operator": {"ascend"},
+    "immintrin": {"cpu"},
+    "cpuid": {"cpu"},
+    "arm_neon": {"cpu"},
+    "arm_sve": {"cpu"},
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, at its top or inside a function."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def sources(folder: str, *suffixes: str) -> list[Path]:
+    found = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
+    assert found, f"no {suffixes} in {folder}"
+    return found
+
+
+def family_of(path: Path) -> str:
+    inside = path.relative_to(ROOT / "backends").parts
+    return inside[0] if len(inside) > 1 else ""
+
+
+def test_specs_import_no_backend() -> None:
+    for path in sources("python/moekern/ops", ".py"):
+        assert not [name for name in imports(path) if name.startswith("moekern.backends")], path
+
+
+def test_op_and_scaled_stand_alone() -> None:
+    """Everything else builds on these two."""
+    for path, allowed in (("op.py", {"moekern.scaled"}), ("scaled.py", set())):
+        ours = {name.rsplit(".", 1)[0] for name in imports(ROOT / "python/moekern" / path) if name.startswith("moekern")}
+        assert ours <= allowed, path
+
+
+def test_backends_never_import_each_other() -> None:
+    for path in sources("backends", ".py"):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["moekern", "backends"] and len(parts) > 2:
+                assert parts[2] in (family_of(path), "_triton"), f"{path} imports {name}"
+            elif parts[0] == "moekern":
+                assert parts[1] in ("op", "ops", "scaled", "_C"), f"{path} imports {name}"
+
+
+def test_testing_needs_only_torch_and_moekern() -> None:
+    for path in sources("python/moekern/testing", ".py"):
+        tops = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
+        assert tops <= {"torch", "moekern"}, path
+
+
+def test_vendor_packages_stay_in_their_backend() -> None:
+    for path in sources("python", ".py") + sources("backends", ".py"):
+        where = family_of(path) if path.is_relative_to(ROOT / "backends") else ""
+        for name in imports(path):
+            allowed = VENDORS.get(name.split(".")[0])
+            assert allowed is None or where in allowed, f"{path} imports {name}"
+
+
+def test_only_the_bindings_know_python() -> None:
+    for path in sources("csrc", ".h", ".cpp") + sources("backends", ".h", ".cpp", ".inc"):
+        python = [i for i in includes(path) if i.startswith("pybind11") or i == "Python.h"]
+        assert not python or path == ROOT / "csrc/bindings.cpp", f"{path} includes {python}"
+
+
+def test_nobody_includes_torch() -> None:
+    for path in sources("csrc", ".h", ".cpp") + sources("backends", ".h", ".cpp", ".inc"):
+        assert not [i for i in includes(path) if i.startswith(("torch/", "ATen/", "c10/"))], path
+
+
+def test_native_code_stays_in_its_folder() -> None:
+    for path in sources("csrc", ".h", ".cpp"):
+        for include in includes(path):
+            assert not include.startswith(tuple(f"{family}/" for family in FAMILIES)), f"{path} includes {include}"
+            assert not include.startswith(tuple(VENDOR_HEADERS)), f"{path} includes {include}"
+    for path in sources("backends", ".h", ".cpp", ".inc"):
+        for include in includes(path):
+            other = [f for f in FAMILIES if f != family_of(path) and include.startswith(f"{f}/")]
+            assert not other, f"{path} includes {include}"
+            for prefix, allowed in VENDOR_HEADERS.items():
+                assert not include.startswith(prefix) or family_of(path) in allowed, f"{path} includes {include}"
+
+
+def test_csrc_compiles_without_any_backend(tmp_path: Path) -> None:
+    pybind11 = pytest.importorskip("pybind11")
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "moekern").mkdir()
+    (tmp_path / "moekern" / "backends.inc").write_text("")
+    folders = [ROOT / "csrc", tmp_path, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = [compiler, "-std=c++17", "-fsyntax-only", *(f"-I{folder}" for folder in folders), str(ROOT / "csrc/bindings.cpp")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:2000]
+
+
+def test_import_brings_nothing_along() -> None:
+    """After torch, `import moekern` loads moekern and the standard library only."""
+    body = "import sys, torch; before = set(sys.modules); import moekern; print(*sorted(set(sys.modules) - before))"
+    loaded = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True).stdout.split()
+    tops = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
+    assert tops == {"moekern"}, tops - {"moekern"}
+    assert not [name for name in loaded if name.startswith("moekern.testing")]
