@@ -68,7 +68,7 @@ def test_info_as_text():
 def test_a_broken_installation_is_reported(tmp_path, code, told):
     text = run("-m", "moekern", "info", broken=(tmp_path, code))
     assert text.returncode == 0, text.stderr
-    assert f"cannot be imported: " in text.stdout and told in text.stdout and "Environment" in text.stdout
+    assert "cannot be imported: " in text.stdout and told in text.stdout and "Environment" in text.stdout
     report = json.loads(run("-m", "moekern", "info", "--json", broken=(tmp_path, code)).stdout)
     assert told in report["moekern"]["import_error"] and report["python"]["location"] == sys.executable
 

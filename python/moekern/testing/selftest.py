@@ -33,7 +33,7 @@ def _check(op: Op, kernel: Kernel) -> tuple[str, str | None]:
     for arguments in _PROBLEMS[op.name]():
         try:
             call = op.prepare(*arguments)
-            if kernel.refuses(*call) is not None:
+            if kernel.refuses is not None and kernel.refuses(*call) is not None:
                 continue
             taken += 1
             kernel.run(*call)
