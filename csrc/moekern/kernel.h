@@ -66,7 +66,7 @@ struct Backend {
   Table<CastKernel> cast;
   Table<Feature> features;
   uint64_t (*detect_features)();
-  const char* (*thread_team)();  // whose threads run the kernels, for people
+  const char* (*thread_team)();  // whose threads run the kernels, for people; null on devices
 };
 
 }  // namespace moekern
