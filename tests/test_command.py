@@ -15,9 +15,7 @@ from moekern.ops import OPS
 from moekern.testing import selftest
 
 
-def run(
-    *arguments: str, broken: tuple[Path, str] | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, broken: tuple[Path, str] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python arguments`; `broken` is (folder, code) that runs first in the new process."""
     environment = {**os.environ, **variables}
     if broken is not None:
@@ -52,7 +50,7 @@ def test_info_as_json():
 def test_info_as_text():
     done = run("-m", "moekern", "info")
     assert done.returncode == 0, done.stderr
-    for expected in (moekern.__version__, "Devices", "cuda    absent: ", "fp8_gemm_nt", "cpu.scalar ", "OpenMP loaded: "):
+    for expected in (moekern.__version__, "Devices", "cuda    absent: ", "fp8_gemm_nt", "cpu.scalar ", "OpenMP loaded"):
         assert expected in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 200
 

@@ -57,7 +57,8 @@ def _differing_bytes(got: torch.Tensor, expected: torch.Tensor) -> str | None:
     if not wrong.any():
         return None
     row, col = wrong.nonzero()[0].tolist()
-    return f"{int(wrong.sum())} of {wrong.numel()} elements differ; [{row}, {col}] is {got[row, col]}, not {expected[row, col]}"
+    count = f"{int(wrong.sum())} of {wrong.numel()} elements differ"
+    return f"{count}; [{row}, {col}] is {got[row, col]}, not {expected[row, col]}"
 
 
 def _gemm() -> Iterator[tuple[Any, ...]]:
