@@ -13,7 +13,7 @@ python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends -name '*.cpp' -o -name '*.h')
 
-.PHONY: bench test lint format sanitize
+.PHONY: bench test lint types format sanitize
 
 bench: $(VENV)/installed
 	$(python) bench/run.py --quick
@@ -32,11 +32,13 @@ $(VENV)/installed: $(VENV)/requirements $(native)
 	$(python) -m pip install -q --no-build-isolation -e '.[test,bench]'
 	touch $@
 
-# mypy follows no import hook of an editable install: it gets the package as an install would lay it out.
-lint: $(VENV)/requirements
+lint: $(VENV)/requirements types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(cxx)
+
+# mypy follows no import hook of an editable install: it gets the package as an install would lay it out.
+types: $(VENV)/requirements
 	rm -rf build/typing && mkdir -p build/typing/moekern
 	ln -s $(CURDIR)/python/moekern/* $(CURDIR)/backends build/typing/moekern/
 	cd build/typing && $(abspath $(python)) -m mypy --config-file $(CURDIR)/pyproject.toml -p moekern
@@ -57,4 +59,4 @@ sanitize: $(VENV)/installed
 	  -C build-dir=build/sanitize/cmake -C cmake.define.MOEKERN_SANITIZE=ON -C install.strip=false
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  build/sanitize/venv/bin/python -m pytest --capture=sys $(PYTEST)
+	  build/sanitize/venv/bin/python -m pytest --capture=sys -m "not slow" $(PYTEST)

@@ -435,7 +435,7 @@ py::dict rows_of(const Backend& backend) {
   }
   py::dict rows;
   rows["features"] = py::cpp_function([&backend] { return names_of(backend.detect_features(), backend.features); });
-  rows["thread_team"] = py::cpp_function(backend.thread_team);
+  if (backend.thread_team) rows["thread_team"] = py::cpp_function(backend.thread_team);
   rows["fp8_gemm_nt"] = gemm;
   rows["cast"] = cast;
   rows["limits"] = limits;

@@ -15,9 +15,7 @@ from moekern.ops import OPS
 from moekern.testing import selftest
 
 
-def run(
-    *arguments: str, broken: tuple[Path, str] | None = None, **variables: str
-) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, broken: tuple[Path, str] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python arguments`; `broken` is (folder, code) that runs first in the new process."""
     environment = {**os.environ, **variables}
     if broken is not None:
@@ -52,7 +50,7 @@ def test_info_as_json():
 def test_info_as_text():
     done = run("-m", "moekern", "info")
     assert done.returncode == 0, done.stderr
-    for expected in (moekern.__version__, "Devices", "cuda    absent: ", "fp8_gemm_nt", "cpu.scalar ", "OpenMP loaded: "):
+    for expected in (moekern.__version__, "Devices", "cuda    absent: ", "fp8_gemm_nt", "cpu.scalar ", "OpenMP loaded"):
         assert expected in done.stdout
     assert max(map(len, done.stdout.splitlines())) < 200
 
@@ -68,7 +66,7 @@ def test_info_as_text():
 def test_a_broken_installation_is_reported(tmp_path, code, told):
     text = run("-m", "moekern", "info", broken=(tmp_path, code))
     assert text.returncode == 0, text.stderr
-    assert f"cannot be imported: " in text.stdout and told in text.stdout and "Environment" in text.stdout
+    assert "cannot be imported: " in text.stdout and told in text.stdout and "Environment" in text.stdout
     report = json.loads(run("-m", "moekern", "info", "--json", broken=(tmp_path, code)).stdout)
     assert told in report["moekern"]["import_error"] and report["python"]["location"] == sys.executable
 

@@ -78,7 +78,7 @@ struct Backend {
   Table<LimitLoops> limits;
   Table<Feature> features;
   uint64_t (*detect_features)();
-  const char* (*thread_team)();  // whose threads run the kernels, for people
+  const char* (*thread_team)();  // whose threads run the kernels, for people; null on devices
 };
 
 }  // namespace moekern

@@ -9,7 +9,7 @@ from moekern.scaled import ScaledTensor
 
 class _NativeBackend(TypedDict):
     features: Callable[[], frozenset[str]]
-    thread_team: Callable[[], str]
+    thread_team: Callable[[], str]  # of backends whose kernels run on threads of the process
     # (name, needs, run, refuses)
     fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
     # (name, needs, cast, silu_mul_cast, dequantize)

@@ -33,7 +33,6 @@ def _serves_command() -> bool:
 
 _import_error: Exception | None = None
 try:
-    from moekern import runtime as _runtime  # first: connects _C to torch
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
         dequantize,
@@ -48,6 +47,7 @@ try:
     )
     from moekern.policy import explain, use
     from moekern.policy import from_environment as _from_environment
+    from moekern.runtime import connect as _connect
     from moekern.scaled import ScaledTensor
 
     # After the ops, which backends add kernels to.
@@ -55,6 +55,7 @@ try:
     from moekern.backends import load as _load_backends  # isort: skip
     from moekern.library import register as _register_operators  # isort: skip
 
+    _connect()
     _load_backends()
     _register_operators()
     _from_environment()

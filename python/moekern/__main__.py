@@ -15,7 +15,7 @@ from moekern import info
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moekern", description="FP8 GEMM and MoE kernels for the device you have.")
     commands = parser.add_subparsers(dest="command", required=True)
-    show = commands.add_parser("info", help="what is installed, which devices and kernels are usable, and why others are not")
+    show = commands.add_parser("info", help="what is installed, what can run, and why the rest cannot")
     show.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("selftest", help="run every kernel that can run here on a small problem and check its bits")
     options = parser.parse_args(arguments)

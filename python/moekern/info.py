@@ -44,7 +44,11 @@ def _guarded(probe: Callable[[], Any]) -> Any:
 def _moekern() -> dict[str, Any]:
     import moekern
 
-    return {"version": moekern.__version__, "location": os.path.dirname(moekern.__file__), "import_error": import_error()}
+    return {
+        "version": moekern.__version__,
+        "location": os.path.dirname(moekern.__file__),
+        "import_error": import_error(),
+    }
 
 
 def _native_module() -> dict[str, Any]:
@@ -177,8 +181,8 @@ def _moekern_text(part: dict[str, Any]) -> list[str]:
 def _native_module_text(part: dict[str, Any]) -> list[str]:
     lines = [f"         {part['location']} ({part['compiler']})"]
     if part["dlpack_exchange_table"] is not None:
-        table = "through torch's DLPack exchange table" if part["dlpack_exchange_table"] else "by attribute (torch < 2.10)"
-        lines.append(f"         reads tensors {table}")
+        way = "through torch's DLPack table" if part["dlpack_exchange_table"] else "by attribute (torch < 2.10)"
+        lines.append(f"         reads tensors {way}")
     return lines
 
 
@@ -222,7 +226,9 @@ def _policy_text(part: dict[str, Any]) -> list[str]:
 
 
 def _environment_text(part: dict[str, str]) -> list[str]:
-    return _titled("Environment", [f"{name}={value}" for name, value in part.items()] or ["no variable that matters is set"])
+    return _titled(
+        "Environment", [f"{name}={value}" for name, value in part.items()] or ["nothing that matters is set"]
+    )
 
 
 _SECTIONS: dict[str, Callable[[Any], list[str]]] = {

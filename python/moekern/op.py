@@ -148,7 +148,7 @@ class Op:
         """The kernel that takes a prepared call on `device`, which need not be this machine's."""
         return self._first(self.candidates(device), call)
 
-    def _first(self, kernels: list[Kernel], call: tuple) -> Kernel:
+    def _first(self, kernels: list[Kernel], call: tuple[Any, ...]) -> Kernel:
         for kernel in kernels:
             if kernel.refuses is None or kernel.refuses(*call) is None:
                 return kernel

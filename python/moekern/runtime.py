@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from moekern import _C
-from moekern.scaled import DTYPES, FORMATS, ScaledTensor
+from moekern.scaled import FORMATS, ScaledTensor
 
 _NAMES: dict[torch.dtype, str] = {
     torch.float32: "f32",
@@ -32,7 +32,3 @@ def connect(num_threads: int | None = None) -> None:
     """Bind _C. `num_threads` fixes the number of CPU threads; None follows torch.get_num_threads()."""
     count = torch.get_num_threads if num_threads is None else lambda: num_threads
     _C.connect(ScaledTensor, torch.Tensor, count, _read, _allocate, _NAMES)
-
-
-connect()
-__all__ = ["DTYPES", "connect"]

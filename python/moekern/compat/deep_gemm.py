@@ -74,17 +74,23 @@ def fp8_gemm_nt(
     moekern.fp8_gemm_nt(_operand("a", a, block_a), _operand("b", b, block_b), c, None, d)
 
 
-def fp8_gemm_nn(a: Scaled, b: Scaled, d: torch.Tensor, c: torch.Tensor | None = None, *options: Any, **named: Any) -> None:
+def fp8_gemm_nn(
+    a: Scaled, b: Scaled, d: torch.Tensor, c: torch.Tensor | None = None, *options: Any, **named: Any
+) -> None:
     """D = C + A B: `fp8_gemm_nt` with b ([K, N], sfb transposed with it)."""
     fp8_gemm_nt(a, _transposed(b), d, c, *options, **named)
 
 
-def fp8_gemm_tn(a: Scaled, b: Scaled, d: torch.Tensor, c: torch.Tensor | None = None, *options: Any, **named: Any) -> None:
+def fp8_gemm_tn(
+    a: Scaled, b: Scaled, d: torch.Tensor, c: torch.Tensor | None = None, *options: Any, **named: Any
+) -> None:
     """D = C + A^T B: `fp8_gemm_nt` with a ([K, M], sfa transposed with it) and b ([K, N], likewise)."""
     fp8_gemm_nt(_transposed(a), _transposed(b), d, c, *options, **named)
 
 
-def fp8_gemm_tt(a: Scaled, b: Scaled, d: torch.Tensor, c: torch.Tensor | None = None, *options: Any, **named: Any) -> None:
+def fp8_gemm_tt(
+    a: Scaled, b: Scaled, d: torch.Tensor, c: torch.Tensor | None = None, *options: Any, **named: Any
+) -> None:
     """D = C + A^T B^T: `fp8_gemm_nt` with a ([K, M], sfa transposed with it)."""
     fp8_gemm_nt(_transposed(a), b, d, c, *options, **named)
 
@@ -138,7 +144,8 @@ def _operand(name: str, x: Scaled, block: HalfRecipe) -> ScaledTensor:
         blocks = ceil_div(data.shape[1], block[1])
         if scale.shape != (packed := (ceil_div(data.shape[0], block[0]), ceil_div(blocks, 4))):
             raise ValueError(
-                f"fp8_gemm_nt: the int32 scale of {name} has shape {list(scale.shape)}; four ue8m0 a word take {list(packed)}"
+                f"fp8_gemm_nt: the int32 scale of {name} has shape {list(scale.shape)}; "
+                f"four ue8m0 a word take {list(packed)}"
             )
         # A word is four neighbours along k, the first in the lowest byte; only a row-major copy shows them as such.
         scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float8_e8m0fnu)[:, :blocks]
