@@ -124,7 +124,8 @@ void test_rounding() {
   const uint16_t half_ulps[] = {bf16(0x1p-24f), bf16(0x1p-24f)};
   expect(vector_pair(1.f, ones, half_ulps) == 1.f, "VDPBF16PS: two half ulps one by one");
   expect(tile_pair(1.f, ones, half_ulps) == 1.f + 0x1p-23f, "TDPBF16PS: two half ulps at once");
-  const uint16_t subnormal[] = {0x0001, 0x0040}, huge[] = {bf16(0x1p120f), bf16(0x1p120f)}, tiny[] = {bf16(0x1p-70f), 0};
+  const uint16_t subnormal[] = {0x0001, 0x0040}, huge[] = {bf16(0x1p120f), bf16(0x1p120f)},
+                 tiny[] = {bf16(0x1p-70f), 0};
   for (auto pair : {vector_pair, tile_pair}) {
     expect(pair(3.f, subnormal, huge) == 3.f, "subnormal inputs are zero");
     expect(float_bits(pair(0x1p-140f, ones, subnormal)) == 0, "a subnormal sum is zero");
