@@ -96,11 +96,12 @@ void test_product(int rows, int columns, int pairs) {
 
 // One element of VDPBF16PS and of TDPBF16PS with a single pair.
 float vector_pair(float sum, const uint16_t* a, const uint16_t* b) {
-  __m512bh x = {}, y = {};
+  int x, y;
   std::memcpy(&x, a, 4);
   std::memcpy(&y, b, 4);
   float out[16];
-  _mm512_storeu_ps(out, _mm512_dpbf16_ps(_mm512_set1_ps(sum), x, y));
+  _mm512_storeu_ps(
+      out, _mm512_dpbf16_ps(_mm512_set1_ps(sum), (__m512bh)_mm512_set1_epi32(x), (__m512bh)_mm512_set1_epi32(y)));
   return out[0];
 }
 
