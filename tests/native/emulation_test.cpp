@@ -48,6 +48,7 @@ void test_configuration() {
   _tile_release();
   expect_fault("a tile is used before a configuration", [&] { _tile_zero(0); });
   expect_fault("palette 2", [] { Config().byte(0, 2).load(); });
+  expect_fault("a start row", [] { Config().byte(1, 3).load(); });
   expect_fault("a reserved byte", [] { Config().byte(2, 1).load(); });
   expect_fault("columns of tile 8", [] { Config().byte(32, 64).load(); });
   expect_fault("rows of tile 8", [] { Config().byte(56, 16).load(); });
