@@ -11,7 +11,7 @@ PYTHON ?= python3
 PYTEST ?=
 python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
-cxx := $(shell find csrc backends -name '*.cpp' -o -name '*.h')
+cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
 .PHONY: bench test lint types format sanitize
 

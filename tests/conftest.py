@@ -11,7 +11,10 @@ import os
 
 import executors
 import pytest
+import remote
 from hypothesis import HealthCheck, settings
+
+executors.sources.append(remote.executors)
 
 settings.register_profile("local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
@@ -32,7 +35,9 @@ def missing_kernels() -> list[str]:
     for name, executor in sorted(executors.asked.items()):
         if executor.name in wanted or (not wanted and not executor.absent):
             if not executors.ran[name]:
-                wrong.append(f"{name} did not run: {executor.absent or 'every call was refused, failed or was deselected'}")
+                wrong.append(
+                    f"{name} did not run: {executor.absent or 'every call was refused, failed or was deselected'}"
+                )
         elif wanted and executors.ran[name]:
             wrong.append(f"{name} ran, but MOEKERN_EXPECT_KERNELS does not list it")
     known = {executor.name for executor in executors.asked.values()}
@@ -40,7 +45,12 @@ def missing_kernels() -> list[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if executors.asked and not session.config.option.collectonly and exitstatus == pytest.ExitCode.OK and missing_kernels():
+    if (
+        executors.asked
+        and not session.config.option.collectonly
+        and exitstatus == pytest.ExitCode.OK
+        and missing_kernels()
+    ):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -50,5 +60,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("kernels that ran")
     for name in sorted(executors.ran):
         terminalreporter.line(f"{name}: {executors.ran[name]} calls")
+    for name in remote.LAUNCHERS:
+        if reason := remote.why_not(name):
+            terminalreporter.line(f"no kernels of {name}: {reason}")
     for problem in missing_kernels():
         terminalreporter.line(f"ERROR {problem}", red=True)

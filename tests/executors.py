@@ -1,7 +1,7 @@
 """Who computes a call in the tests: every kernel of every op, and who knows whether it could run.
 
-`sources` is the one place to plug in kernels that run elsewhere (another ISA under an emulator):
-append a function (op) -> list of Executor in conftest.py.
+`sources` is the one place to plug in kernels that run elsewhere: conftest.py appends those of other
+CPUs (remote.py).
 """
 
 from __future__ import annotations

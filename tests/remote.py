@@ -1,4 +1,4 @@
-"""Kernels of CPUs that this machine is not: tests/native/runner, as moekern.op.Kernel objects.
+"""Kernels of CPUs that this machine is not: tests/native/runner in a process, one Executor per kernel.
 
 Build with `cmake --workflow --preset aarch64` (g++-aarch64-linux-gnu, qemu-user-static: NEON, SVE) and
 `cmake --workflow --preset emulated` (libsimde-dev: AVX-512 and AMX on any x86-64 with AVX2).
@@ -10,18 +10,20 @@ import functools
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
+from executors import Executor
 
 from moekern import Device, Kernel, NotSupported, Op, ScaledTensor, ops
 
 BUILD = Path(__file__).parents[1] / "build"
 # 32-byte vectors: what sve_256 kernels are compiled for. The emulator's own default is 64.
 LAUNCHERS = {"aarch64": ["qemu-aarch64-static", "-cpu", "max,sve-default-vector-length=32"], "emulated": []}
+# Kernels that need no more than this run natively: the runner has them too, the tests not twice.
+COMMON = {"aarch64": None, "emulated": frozenset({"avx2"})}
 CASTS = (
     ops.per_token_cast_to_fp8,
     ops.per_block_cast_to_fp8,
@@ -75,9 +77,7 @@ class Runner:
 
     def close(self) -> None:
         if self.process:
-            self.process.stdin.close()
-            self.process.stdout.close()
-            self.process.wait()
+            self.process.communicate()
             self.process = None
 
     # ---- the protocol of tests/native/runner.cpp ---------------------------------------------------
@@ -104,10 +104,8 @@ class Runner:
 
     def _exchange(self, what: str, request: bytes) -> _Exchange:
         if self.process is None:
-            self.stderr = tempfile.TemporaryFile()
-            self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr
-            )
+            pipe = subprocess.PIPE
+            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe)
         return _Exchange(self, what, request)
 
     def _verdict(self) -> None:
@@ -131,7 +129,7 @@ class Runner:
 
 
 class _Exchange:
-    """A request sent and its answer read within `TIMEOUT`; a dead process becomes a Crash, and the next call starts anew."""
+    """A request sent, its answer read within `TIMEOUT`. A dead process is a Crash, and the next call starts anew."""
 
     def __init__(self, runner: Runner, what: str, request: bytes) -> None:
         self.runner, self.what, self.request = runner, what, request
@@ -153,8 +151,7 @@ class _Exchange:
         runner, process = self.runner, self.runner.process
         code = process.wait()
         runner.process = None
-        runner.stderr.seek(0)
-        said = runner.stderr.read().decode(errors="replace").strip()
+        said = process.stderr.read().decode(errors="replace").strip()  # last words: they fit the pipe
         how = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         raise Crash(f"{self.what}: {' '.join(runner.command)}: {how}. {said}") from None
 
@@ -220,11 +217,14 @@ class _Request:
 # ---- what has been built -------------------------------------------------------------------------
 
 
+def program(name: str) -> Path:
+    return BUILD / name / "tests" / "native" / "runner"
+
+
 def why_not(name: str) -> str | None:
     """Why the runner `name` cannot be started here, or None."""
-    program = BUILD / name / "tests" / "native" / "runner"
-    if not program.exists():
-        return f"not built: cmake --workflow --preset {name}"
+    if not program(name).exists():
+        return f"not built; cmake --workflow --preset {name}"
     if LAUNCHERS[name] and not shutil.which(LAUNCHERS[name][0]):
         return f"{LAUNCHERS[name][0]} is not installed"
     return None
@@ -233,4 +233,27 @@ def why_not(name: str) -> str | None:
 @functools.cache
 def runner(name: str) -> Runner:
     """The runner "aarch64" or "emulated", started once; `why_not(name)` must be None."""
-    return Runner(name, [*LAUNCHERS[name], str(BUILD / name / "tests" / "native" / "runner")])
+    return Runner(name, [*LAUNCHERS[name], str(program(name))])
+
+
+def executors(op: Op) -> list[Executor]:
+    """The kernels of every runner that can be started: "aarch64:cpu.neon". A source for executors.sources."""
+    return [
+        _executor(op, runner(name), kernel)
+        for name in LAUNCHERS
+        if why_not(name) is None
+        for kernel in runner(name).kernels(op)
+        if COMMON[name] is None or not kernel.needs <= COMMON[name]
+    ]
+
+
+def _executor(op: Op, where: Runner, kernel: Kernel) -> Executor:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = op.prepare(*args, **kwargs)
+        kernel.run(*call)
+        return call[op.output_index]
+
+    def refuses(*args: Any, **kwargs: Any) -> str | None:
+        return kernel.refuses(*op.prepare(*args, **kwargs))
+
+    return Executor(op, f"{where.device.arch}:{kernel.name}", run, kernel.lacks(where.device), refuses)

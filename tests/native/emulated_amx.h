@@ -52,6 +52,7 @@ static inline void tile_loadconfig(const void* memory) {
   };
   if (config[0] == 0) return tile_release();
   require(config[0] == 1, kName, "the palette is neither 0 nor 1");
+  require(config[1] == 0, kName, "the start row is not 0: only an interrupted load has one");
   zeros(2, 15);
   zeros(16 + 2 * kTiles, 47);
   zeros(48 + kTiles, 63);

@@ -48,13 +48,20 @@ static inline __m256i cvtps_ph(__m512 x) {
   return _mm256_set_m128i(_mm256_cvtps_ph(v.m256[1], kRounding), _mm256_cvtps_ph(v.m256[0], kRounding));
 }
 
+// __m512bh as plain bits: clang would compute with its __bf16 elements, through functions that libgcc lacks.
+struct Bf16x32 {
+  __m512i bits;
+  Bf16x32() = default;
+  explicit Bf16x32(__m512i x) : bits(x) {}
+};
+
 // VDPBF16PS: the odd product is added first, then the even one, each in an FMA of its own.
-static inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
+static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
   float s[16];
   uint16_t x[32], y[32];
   __builtin_memcpy(s, &sum, sizeof s);
-  __builtin_memcpy(x, &a, sizeof x);
-  __builtin_memcpy(y, &b, sizeof y);
+  __builtin_memcpy(x, &a.bits, sizeof x);
+  __builtin_memcpy(y, &b.bits, sizeof y);
   for (int i = 0; i < 16; ++i) {
     s[i] = fma_bf16(s[i], x[2 * i + 1], y[2 * i + 1]);
     s[i] = fma_bf16(s[i], x[2 * i], y[2 * i]);
@@ -76,4 +83,5 @@ static inline __m512 dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
 #define _mm512_srai_epi32 moekern::emulated::srai_epi32
 #define _mm512_cvtph_ps moekern::emulated::cvtph_ps
 #define _mm512_cvtps_ph(X, ROUNDING) moekern::emulated::cvtps_ph<(ROUNDING)>(X)
+#define __m512bh moekern::emulated::Bf16x32
 #define _mm512_dpbf16_ps moekern::emulated::dpbf16_ps

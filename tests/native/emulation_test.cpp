@@ -48,6 +48,7 @@ void test_configuration() {
   _tile_release();
   expect_fault("a tile is used before a configuration", [&] { _tile_zero(0); });
   expect_fault("palette 2", [] { Config().byte(0, 2).load(); });
+  expect_fault("a start row", [] { Config().byte(1, 3).load(); });
   expect_fault("a reserved byte", [] { Config().byte(2, 1).load(); });
   expect_fault("columns of tile 8", [] { Config().byte(32, 64).load(); });
   expect_fault("rows of tile 8", [] { Config().byte(56, 16).load(); });
@@ -96,11 +97,12 @@ void test_product(int rows, int columns, int pairs) {
 
 // One element of VDPBF16PS and of TDPBF16PS with a single pair.
 float vector_pair(float sum, const uint16_t* a, const uint16_t* b) {
-  __m512bh x = {}, y = {};
+  int x, y;
   std::memcpy(&x, a, 4);
   std::memcpy(&y, b, 4);
   float out[16];
-  _mm512_storeu_ps(out, _mm512_dpbf16_ps(_mm512_set1_ps(sum), x, y));
+  _mm512_storeu_ps(
+      out, _mm512_dpbf16_ps(_mm512_set1_ps(sum), (__m512bh)_mm512_set1_epi32(x), (__m512bh)_mm512_set1_epi32(y)));
   return out[0];
 }
 
@@ -124,7 +126,8 @@ void test_rounding() {
   const uint16_t half_ulps[] = {bf16(0x1p-24f), bf16(0x1p-24f)};
   expect(vector_pair(1.f, ones, half_ulps) == 1.f, "VDPBF16PS: two half ulps one by one");
   expect(tile_pair(1.f, ones, half_ulps) == 1.f + 0x1p-23f, "TDPBF16PS: two half ulps at once");
-  const uint16_t subnormal[] = {0x0001, 0x0040}, huge[] = {bf16(0x1p120f), bf16(0x1p120f)}, tiny[] = {bf16(0x1p-70f), 0};
+  const uint16_t subnormal[] = {0x0001, 0x0040}, huge[] = {bf16(0x1p120f), bf16(0x1p120f)},
+                 tiny[] = {bf16(0x1p-70f), 0};
   for (auto pair : {vector_pair, tile_pair}) {
     expect(pair(3.f, subnormal, huge) == 3.f, "subnormal inputs are zero");
     expect(float_bits(pair(0x1p-140f, ones, subnormal)) == 0, "a subnormal sum is zero");

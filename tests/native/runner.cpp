@@ -11,6 +11,7 @@
 // "ask" stops before running and answers "done" or "refused". Every memory ends where an unreadable
 // page begins, and what is not writable is mapped so: a kernel that strays is killed.
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <cstring>
@@ -95,7 +96,8 @@ struct Request {
       size_t memory;
       in >> name >> dtype;
       ScaleGrid& g = operands[name];
-      in >> g.values.rows >> g.values.cols >> g.values.row_stride >> g.values.col_stride >> g.block_rows >> g.block_cols >> memory;
+      in >> g.values.rows >> g.values.cols >> g.values.row_stride >> g.values.col_stride >> g.block_rows >>
+          g.block_cols >> memory;
       g.values.dtype = dtype_named(dtype);
       pending.emplace_back(&g.values, memory);
     }
@@ -177,6 +179,8 @@ void serve(const std::string& verb) {
 }  // namespace moekern
 
 int main() {
+  const rlimit none{0, 0};
+  setrlimit(RLIMIT_CORE, &none);  // a test may want the crash, not its core
   std::ios::sync_with_stdio(false);
   for (std::string verb; std::cin >> verb; std::cout.flush()) verb == "list" ? moekern::list() : moekern::serve(verb);
 }

@@ -104,7 +104,8 @@ void tile(int mr, int kc, const void* a, int64_t a_stride, const void* b, const 
   if constexpr (P > 1) {
     if (mr <= 2 * (P - 1)) return tile<P - 1>(mr, kc, a, a_stride, b, row_scale, scale, c, ldc);
   }
-  tile_pairs<P>(mr, kc, static_cast<const uint16_t*>(a), a_stride, static_cast<const uint16_t*>(b), row_scale, scale, c, ldc);
+  tile_pairs<P>(mr, kc, static_cast<const uint16_t*>(a), a_stride, static_cast<const uint16_t*>(b), row_scale, scale, c,
+                ldc);
 }
 
 }  // namespace

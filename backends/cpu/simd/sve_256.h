@@ -67,9 +67,7 @@ inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return svsel_u32(svcmpuo_f32
 // Loads that widen to 32 bits and stores that narrow do the conversions' shuffling; FCVT reads and
 // writes f16 in the low half of each lane.
 inline F32 load_bf16(const uint16_t* p) { return as_f32(shl32<16>(svld1uh_u32(all(), p))); }
-inline F32 load_f16(const uint16_t* p) {
-  return svcvt_f32_f16_x(all(), svreinterpret_f16_u32(svld1uh_u32(all(), p)));
-}
+inline F32 load_f16(const uint16_t* p) { return svcvt_f32_f16_x(all(), svreinterpret_f16_u32(svld1uh_u32(all(), p))); }
 inline void store_low16(uint16_t* p, I32 x) { svst1h_u32(all(), p, x); }
 inline void store_f16(uint16_t* p, F32 x) { store_low16(p, svreinterpret_u32_f16(svcvt_f16_f32_x(all(), x))); }
 // The low 8 bits of every lane of four vectors, in order: 4W bytes.
