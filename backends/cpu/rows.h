@@ -155,13 +155,15 @@ inline I32 encode(F32 y) {
 
 // e4m3fnuz, which has no negative zero, and rows with NaN or infinity take the slow way.
 template <Dtype From, Dtype To>
-inline void quantize_row(const char* x, const float* s, int64_t block, bool bounded, int64_t n, uint8_t* dst) {
+inline void quantize_row(const char* x, const float* s, int64_t block, bool bounded, int64_t n, uint8_t* dst,
+                         const char* next) {
   const bool fast = bounded && To != Dtype::e4m3fnuz;
   for (int64_t i = 0; i < n;) {
     const int64_t end = block == 1 || n - i < block ? n : i + block;
     const F32 one = set1(s[i / block]);
     if (fast)
       for (; i + 4 * W <= end; i += 4 * W) {
+        __builtin_prefetch(next + i * size_of(From));
         I32 codes[4];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j)
@@ -173,20 +175,21 @@ inline void quantize_row(const char* x, const float* s, int64_t block, bool boun
 }
 
 template <Dtype From>
-inline void quantize_from(const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to, uint8_t* dst) {
+inline void quantize_from(const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to, uint8_t* dst,
+                          const char* next) {
   switch (to) {
-    case Dtype::e4m3fn: return quantize_row<From, Dtype::e4m3fn>(x, s, block, bounded, n, dst);
-    case Dtype::e5m2: return quantize_row<From, Dtype::e5m2>(x, s, block, bounded, n, dst);
-    default: return quantize_row<From, Dtype::e4m3fnuz>(x, s, block, bounded, n, dst);
+    case Dtype::e4m3fn: return quantize_row<From, Dtype::e4m3fn>(x, s, block, bounded, n, dst, next);
+    case Dtype::e5m2: return quantize_row<From, Dtype::e5m2>(x, s, block, bounded, n, dst, next);
+    default: return quantize_row<From, Dtype::e4m3fnuz>(x, s, block, bounded, n, dst, next);
   }
 }
 
 void row_quantize(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
-                  uint8_t* dst) {
+                  uint8_t* dst, const char* next) {
   switch (from) {
-    case Dtype::bf16: return quantize_from<Dtype::bf16>(x, s, block, bounded, n, to, dst);
-    case Dtype::f16: return quantize_from<Dtype::f16>(x, s, block, bounded, n, to, dst);
-    default: return quantize_from<Dtype::f32>(x, s, block, bounded, n, to, dst);
+    case Dtype::bf16: return quantize_from<Dtype::bf16>(x, s, block, bounded, n, to, dst, next);
+    case Dtype::f16: return quantize_from<Dtype::f16>(x, s, block, bounded, n, to, dst, next);
+    default: return quantize_from<Dtype::f32>(x, s, block, bounded, n, to, dst, next);
   }
 }
 

@@ -16,9 +16,10 @@ struct RowOps {
   // Of f32, f16 or bf16: amax[i / block] = max(amax[i / block], |x[i]|); NaN is above infinity and stays.
   void (*amax)(Dtype, const char* x, int64_t n, int64_t block, float* amax);
   void (*scale)(const float* x, float s, int64_t n, float* dst);
-  // dst[i] = rne(clamp(x[i] * s[i / block], +-max)). `bounded` promises finite x and |x * s| <= max but for rounding.
+  // dst[i] = rne(clamp(x[i] * s[i / block], +-max)). `bounded` promises finite x and |x * s| <= max but for
+  // rounding. `next` is what the caller will read next, for prefetching only.
   void (*quantize)(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
-                   uint8_t* dst);
+                   uint8_t* dst, const char* next);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
 };
 

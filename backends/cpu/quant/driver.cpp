@@ -30,16 +30,18 @@ void load_row(const RowOps& rows, const Matrix& x, int64_t i, int64_t j, int64_t
 struct Row {
   Dtype dtype;
   const char* data;
+  const char* below;  // the next row, or data again where that is no use
 };
 
 struct PlainInput {
   const RowOps& rows;
   const Matrix& x;
   Row row(int64_t i, int64_t j, int64_t n) const {
-    if (x.col_stride == 1) return {x.dtype, x.at(i, j)};
+    if (x.col_stride == 1) return {x.dtype, x.at(i, j), x.at(i + 1, j)};
     float* values = scratch_of<float>(Slot::row, n);
     load_row(rows, x, i, j, n, values);
-    return {Dtype::f32, reinterpret_cast<const char*>(values)};
+    const auto* data = reinterpret_cast<const char*>(values);
+    return {Dtype::f32, data, data};
   }
 };
 
@@ -53,7 +55,8 @@ struct GatedInput {
     load_row(rows, x, i, j, n, gate);
     load_row(rows, x, i, x.cols / 2 + j, n, up);
     rows.silu_mul(gate, up, n, gate);
-    return {Dtype::f32, reinterpret_cast<const char*>(gate)};
+    const auto* data = reinterpret_cast<const char*>(gate);
+    return {Dtype::f32, data, data};
   }
 };
 
@@ -78,7 +81,8 @@ void cast_panel(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t i1
   }
   for (int64_t i = i0; i < i1; ++i) {
     if (i1 - i0 > 1) row = input.row(i, j0, n);
-    rows.quantize(row.dtype, row.data, inverse, block, bounded, n, p.q.dtype, reinterpret_cast<uint8_t*>(p.q.at(i, j0)));
+    rows.quantize(row.dtype, row.data, inverse, block, bounded, n, p.q.dtype,
+                  reinterpret_cast<uint8_t*>(p.q.at(i, j0)), row.below);
   }
 }
 
