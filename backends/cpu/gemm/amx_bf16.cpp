@@ -3,6 +3,7 @@
 // TDPBF16PS multiplies 16 rows x 32 k by 32 k x 16 columns: 8192 multiply-adds in 16 cycles, 8 times
 // the rate of VDPBF16PS. Two by two tiles of sums + 2 of a + 2 of b are all eight registers; 4 loads
 // feed 4 products. A scale block ends every four of those steps, and vectors add it up.
+#include "cpu/simd/amx.h"
 #include "cpu/simd/avx512.h"
 
 #include <array>
@@ -16,28 +17,17 @@ namespace {
 
 constexpr int kTileRows = 16, kTileK = 32, MR = 2 * kTileRows, NV = 2, NR = NV * W;
 
-// What LDTILECFG reads.
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
 // Tiles 0 1 are sums of the upper 16 rows of a, 2 3 of the lower, 4 and 5 those rows, 6 7 columns of b.
 constexpr std::array<TileConfig, MR + 1> configs() {
   std::array<TileConfig, MR + 1> all{};
   for (int mr = 1; mr <= MR; ++mr) {
     const int upper = mr < kTileRows ? mr : kTileRows, lower = mr - upper;
     const int rows[] = {upper, upper, lower, lower, upper, lower, kTileK / 2, kTileK / 2};
-    for (int t = 0; t < 8; ++t) {
-      all[mr].rows[t] = static_cast<uint8_t>(rows[t]);
-      all[mr].row_bytes[t] = rows[t] ? 64 : 0;
-    }
+    for (int t = 0; t < 8; ++t) all[mr].set(t, rows[t]);
   }
   return all;
 }
 
-// In memory from the start: gcc's ldtilecfg tells the optimiser of 8 of the 64 bytes it reads.
 constexpr std::array<TileConfig, MR + 1> kConfigs = configs();
 
 // sums[16][NR] of one half of the rows, or of both.

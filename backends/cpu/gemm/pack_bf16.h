@@ -31,7 +31,8 @@ inline __m512i lookup(const uint8_t* table, __m512i codes) {
 
 template <int NV>
 bool pack(Dtype format, const uint8_t* const* rows, int kc, void* panel) {
-  static const DecodeTable kE4m3fn = table_of(Dtype::e4m3fn), kE4m3fnuz = table_of(Dtype::e4m3fnuz), kE5m2 = table_of(Dtype::e5m2);
+  static const DecodeTable kE4m3fn = table_of(Dtype::e4m3fn), kE4m3fnuz = table_of(Dtype::e4m3fnuz),
+                           kE5m2 = table_of(Dtype::e5m2);
   const DecodeTable& table = format == Dtype::e5m2 ? kE5m2 : format == Dtype::e4m3fnuz ? kE4m3fnuz : kE4m3fn;
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
   auto* strip = static_cast<uint32_t*>(panel);  // a pair a dword

@@ -56,18 +56,6 @@ void read(const char* src, int64_t bytes) {
   (void)result;
 }
 
-// Past the caches where an instruction says so: a plain store first reads the line it writes to.
-// ARM cores notice a stream of stores by themselves.
-inline void store_past_caches(char* p, I32 x) {
-#if defined(__AVX512F__)
-  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
-#elif defined(__AVX2__)
-  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x);
-#else
-  store_i32(p, x);
-#endif
-}
-
 void copy(const char* src, int64_t bytes, char* dst) {
   for (int64_t i = 0; i < bytes; i += kStepBytes) {
 #pragma GCC unroll 4

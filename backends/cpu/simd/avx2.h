@@ -32,6 +32,8 @@ inline I32 set1_i32(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x));
 inline I32 load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline I32 load_i32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store_i32(void* p, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+// Past the caches, where an instruction says so: a plain store first reads the line it writes to.
+inline void store_past_caches(void* p, I32 x) { _mm256_stream_si256(static_cast<__m256i*>(p), x); }
 inline I32 bits(F32 x) { return _mm256_castps_si256(x); }
 inline F32 as_f32(I32 x) { return _mm256_castsi256_ps(x); }
 inline I32 bit_and(I32 a, I32 b) { return _mm256_and_si256(a, b); }

@@ -28,6 +28,7 @@ inline I32 set1_i32(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x));
 inline I32 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_i32(void* p, I32 x) { _mm512_storeu_si512(p, x); }
+inline void store_past_caches(void* p, I32 x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }
 inline I32 bits(F32 x) { return _mm512_castps_si512(x); }
 inline F32 as_f32(I32 x) { return _mm512_castsi512_ps(x); }
 inline I32 bit_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }

@@ -32,6 +32,8 @@ inline I32 set1_i32(uint32_t x) { return vdupq_n_u32(x); }
 inline I32 load_bytes(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
 inline I32 load_i32(const void* p) { return load_bytes(static_cast<const uint8_t*>(p)); }
 inline void store_i32(void* p, I32 x) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_u32(x)); }
+// ARM cores notice a stream of stores by themselves.
+inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
 inline I32 bit_and(I32 a, I32 b) { return vandq_u32(a, b); }
 inline I32 bit_or(I32 a, I32 b) { return vorrq_u32(a, b); }
 inline I32 add_i32(I32 a, I32 b) { return vaddq_u32(a, b); }

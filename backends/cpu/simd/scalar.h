@@ -34,6 +34,7 @@ inline I32 set1_i32(uint32_t x) { return x; }
 inline I32 load_i32(const void* p) { I32 x; std::memcpy(&x, p, 4); return x; }
 inline I32 load_bytes(const uint8_t* p) { return load_i32(p); }
 inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, 4); }
+inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
 inline I32 bit_and(I32 a, I32 b) { return a & b; }
 inline I32 bit_or(I32 a, I32 b) { return a | b; }
 inline I32 add_i32(I32 a, I32 b) { return a + b; }

@@ -33,6 +33,8 @@ inline I32 set1_i32(uint32_t x) { return svdup_n_u32(x); }
 inline I32 load_bytes(const uint8_t* p) { return svreinterpret_u32_u8(svld1_u8(all(), p)); }
 inline I32 load_i32(const void* p) { return load_bytes(static_cast<const uint8_t*>(p)); }
 inline void store_i32(void* p, I32 x) { svst1_u8(all(), static_cast<uint8_t*>(p), svreinterpret_u8_u32(x)); }
+// ARM cores notice a stream of stores by themselves.
+inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
 inline I32 bit_and(I32 a, I32 b) { return svand_u32_x(all(), a, b); }
 inline I32 bit_or(I32 a, I32 b) { return svorr_u32_x(all(), a, b); }
 inline I32 add_i32(I32 a, I32 b) { return svadd_u32_x(all(), a, b); }
