@@ -56,11 +56,9 @@ int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool sca
 int result_exponent_f32(Dtype weights, int row_exponent) { return row_exponent - kTopF32 + 127 - layout_of(weights).bias; }
 
 void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent) {
-  if (exponent > 127) {
-    rows.scale(sums, power_of_two(exponent - 127), n, sums);
-    exponent = 127;
-  }
-  rows.scale(sums, power_of_two(exponent), n, sums);
+  const int last = std::clamp(exponent, -126, 127);  // within f32's powers, and the step that may round
+  if (exponent != last) rows.scale(sums, power_of_two(exponent - last), n, sums);
+  rows.scale(sums, power_of_two(last), n, sums);
   const auto add_row = [&](const Matrix& m, int64_t row) {
     if (!m) return;
     float* values = scratch_of<float>(Slot::row, n);

@@ -6,6 +6,7 @@
 //         for each strip of nr weight rows         decoded to f32, k-major, in L1
 //           for each tile of mr activation rows
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "cpu/gemm/driver.h"
@@ -27,8 +28,8 @@ constexpr int kMaxStrip = 64;
 struct Activations {
   Dtype panel;
   char* values;
-  float* row_scales;  // [k_blocks][rows] for bf16 panels: a's scales, and what normalising took out; null otherwise
-  int* exponents;     // [rows]
+  float* row_scales;  // [k_blocks][rows] for bf16 panels: a's scales, normalised likewise; null otherwise
+  int* exponents;     // [rows], of the two powers of two taken out
   int64_t first, rows, k_blocks;
   char* at(int64_t kb, int64_t row) const { return values + (kb * rows + row) * kBlock * size_of(panel); }
 };
@@ -43,6 +44,19 @@ Activations allocate(Dtype panel, int64_t first, int64_t rows, int64_t k_blocks)
           reinterpret_cast<int*>(memory + value_bytes + scale_bytes), first, rows, k_blocks};
 }
 
+// One row's scales, `stride` apart, over the power of two of the largest, whose exponent is returned: a
+// scale of 1e30 times one of the weights' 1e30 is no infinity before the sum is complete.
+int normalised_scales(const ScaleGrid& grid, int64_t row, int64_t k_blocks, float* dst, int64_t stride) {
+  float top = 0.f;
+  for (int64_t kb = 0; kb < k_blocks; ++kb) {
+    dst[kb * stride] = scale_of(grid, row, kb * kBlock);
+    top = std::max(top, std::abs(dst[kb * stride]));
+  }
+  const int e = exponent_of(top);
+  for (int64_t kb = 0; kb < k_blocks; ++kb) dst[kb * stride] *= power_of_two(-e);
+  return e;
+}
+
 void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {
   constexpr int64_t kRowsPerTask = 4;
   const bool f32 = a.panel == Dtype::f32;
@@ -52,8 +66,8 @@ void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {
       a.exponents[i] = normalised_row(*isa.rows, p, a.first + i, f32, f32 ? kTopF32 : 0, a.k_blocks * kBlock, row);
       for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
         isa.rows->store(a.panel, row + kb * kBlock, kBlock, a.at(kb, i));
-        if (a.row_scales) a.row_scales[kb * a.rows + i] = scale_of(p.sa, a.first + i, kb * kBlock) * power_of_two(a.exponents[i]);
       }
+      if (a.row_scales) a.exponents[i] += normalised_scales(p.sa, a.first + i, a.k_blocks, a.row_scales + i, a.rows);
     }
   });
 }
@@ -130,8 +144,9 @@ void run_task(const GemmIsa& isa, const GemmProblem& p, const Activations& a, in
     }
   }
   for (int64_t i = 0; i < rows; ++i) {
-    const int exponent = a.row_scales ? 0 : result_exponent_f32(p.b.dtype, a.exponents[i0 + i]);
-    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc, exponent);
+    const int e = a.exponents[i0 + i];
+    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc,
+              isa.panel == Dtype::f32 ? result_exponent_f32(p.b.dtype, e) : e);
   }
 }
 
