@@ -14,10 +14,12 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <iostream>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -162,6 +164,9 @@ void serve(const std::string& verb) {
   const char* reason = nullptr;
   try {
     reason = request.op == "fp8_gemm_nt" ? gemm(request, ask) : cast(request, ask);
+  } catch (const std::logic_error& fault) {  // of an emulated instruction, amid a parallel region
+    std::cerr << fault.what() << "\n";
+    std::abort();
   } catch (const std::exception& error) {
     std::cout << "error " << error.what() << "\n";
     return;
