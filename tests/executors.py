@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import moekern
-from moekern.op import Op, device_of
+from moekern.op import Op
 from moekern.ops import OPS
 
 
@@ -55,7 +55,7 @@ def this_machine(op: Op) -> list[Executor]:
 
         def why_not(*args: Any, **kwargs: Any) -> str | None:
             call = op.prepare(*args, **kwargs)
-            return kernel.why_not(device_of(call[op.output_index]), *call)
+            return kernel.why_not(device, *call)
 
         return Executor(op, kernel.name, run, kernel.lacks(device), why_not)
 

@@ -146,14 +146,9 @@ class Op:
 
     def select(self, device: Device, *call: Any) -> Kernel:
         """The kernel that takes a prepared call on `device`, which need not be this machine's."""
-        return self._first(self.candidates(device), call)
-
-    def _first(self, kernels: list[Kernel], call: tuple[Any, ...]) -> Kernel:
-        for kernel in kernels:
-            if kernel.refuses is None or kernel.refuses(*call) is None:
-                return kernel
-        reasons = [f"  {k.name}: {k.refuses(*call) if k.refuses else None}" for k in kernels]
-        raise NotSupported("\n".join([f"no kernel of {self.name} takes this call", *reasons]))
+        if kernel := _first(self.candidates(device), call):
+            return kernel
+        raise NotSupported(self.explain(device, *call))
 
     def explain(self, device: Device, *args: Any) -> str:
         """Which kernel takes a prepared call, and why each better one does not."""
@@ -181,8 +176,17 @@ class Op:
         usable = self._usable.get(where)
         if usable is None:
             usable = self._usable[where] = self.candidates(device_of(out))
-        self._first(usable, call).run(*call)
+        if (kernel := _first(usable, call)) is None:
+            raise NotSupported(self.explain(device_of(out), *call))
+        kernel.run(*call)
         return out
+
+
+def _first(kernels: list[Kernel], call: tuple[Any, ...]) -> Kernel | None:
+    for kernel in kernels:
+        if kernel.refuses is None or kernel.refuses(*call) is None:
+            return kernel
+    return None
 
 
 def op(*, prepare: Callable[..., tuple[Any, ...]], output: str = "out") -> Callable[[Callable[..., Any]], Op]:

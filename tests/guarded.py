@@ -1,0 +1,92 @@
+"""Operands that end where their memory does: run as a script, since a stray read kills the process.
+
+Every kernel of this machine computes cases whose operands end, or begin, at a page that may not be
+touched. Prints each kernel and case before it runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+
+import torch
+
+import moekern
+from moekern import NotSupported, ScaledTensor
+from moekern.testing import cases
+from moekern.testing.cases import Gemm
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_PAGE = mmap.PAGESIZE
+_kept: list[mmap.mmap] = []
+
+CASES = [
+    *(Gemm(m, n, k) for m in (1, 5, 20) for n, k in ((1, 1), (33, 127), (7, 130), (64, 256), (130, 300))),
+    *(Gemm(m, 33, 300, a="e4m3fn", out="f32", c="f32", bias="bf16", block_b=(1, 128)) for m in (1, 5, 20)),
+    *(Gemm(m, 33, 131, layout_a="columns", layout_b="columns") for m in (1, 20)),
+    Gemm(3, 33, 131, a="e5m2", b="e4m3fnuz", scale="ue8m0"),
+]
+
+
+def fenced(x: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """A copy of x between two forbidden pages, touching the last or the first of them."""
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    size = span * x.element_size() if x.numel() else 0
+    pages = -(-max(size, 1) // _PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * _PAGE)
+    _kept.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (start, start + (pages + 1) * _PAGE):
+        if _libc.mprotect(fence, _PAGE, 0):
+            raise OSError(ctypes.get_errno(), "mprotect")
+    offset = _PAGE + (pages * _PAGE - size if at_end else 0)
+    whole = torch.frombuffer(memory, dtype=torch.uint8, offset=offset, count=max(size, 1))[:size].view(x.dtype)
+    view = whole.as_strided(x.shape, x.stride())
+    bits = torch.uint8 if x.element_size() == 1 else x.dtype
+    view.view(bits).copy_(x.view(bits))
+    return view
+
+
+def fence(x: torch.Tensor | ScaledTensor | None, at_end: bool) -> torch.Tensor | ScaledTensor | None:
+    if isinstance(x, ScaledTensor):
+        return ScaledTensor(fenced(x.data, at_end), fenced(x.scale, at_end), x.block)
+    return None if x is None else fenced(x, at_end)
+
+
+def main() -> None:
+    assert sys.stdout is not None
+    device = moekern.devices()[0]
+    for case in CASES:
+        p = cases.gemm_operands(case)
+        for at_end in (True, False):
+            a, b, c, bias = (fence(x, at_end) for x in (p.a, p.b, p.c, p.bias))
+            out = fenced(torch.zeros(case.m, case.n, dtype=cases.gemm_out_dtype(case)), at_end)
+            for kernel in moekern.fp8_gemm_nt.kernels:
+                if kernel.lacks(device):
+                    continue
+                print(kernel.name, case, "at the end" if at_end else "at the beginning", flush=True)
+                with moekern.use(kernel={"fp8_gemm_nt": kernel.name}, num_threads=2):
+                    try:
+                        moekern.fp8_gemm_nt(a, b, c, bias, out)
+                    except NotSupported:
+                        continue
+    x = torch.randn(5, 300)
+    for op in (moekern.per_token_cast_to_fp8, moekern.per_block_cast_to_fp8, moekern.per_channel_cast_to_fp8):
+        for kernel in op.kernels:
+            if kernel.lacks(device):
+                continue
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                print(op.name, kernel.name, dtype, flush=True)
+                with moekern.use(kernel={op.name: kernel.name}):
+                    result = op(x.to(dtype))
+                    out = ScaledTensor(fenced(result.data, True), fenced(result.scale, True), result.block)
+                    op(fenced(x.to(dtype), True), out=out)
+                with moekern.use(kernel={"dequantize": kernel.name}):
+                    moekern.dequantize(out, fenced(x.to(dtype), True))
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

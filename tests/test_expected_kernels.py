@@ -1,0 +1,51 @@
+"""The list of kernels that ran (conftest.py): a kernel that was skipped without need fails the session."""
+
+from __future__ import annotations
+
+import conftest
+import executors
+import pytest
+
+import moekern
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> dict[str, executors.Executor]:
+    """A session that asked for three kernels of one op; the third needs what this machine has not."""
+
+    def executor(name: str, absent: str | None = None) -> executors.Executor:
+        return executors.Executor(moekern.dequantize, name, lambda: None, absent, lambda: None)
+
+    made = {e.name: e for e in (executor("cpu.good"), executor("cpu.plain"), executor("cpu.exotic", "needs exotic"))}
+    monkeypatch.setattr(executors, "asked", {str(e): e for e in made.values()})
+    monkeypatch.setattr(executors, "ran", type(executors.ran)())
+    monkeypatch.delenv("MOEKERN_EXPECT_KERNELS", raising=False)
+    return made
+
+
+def test_what_the_machine_has_must_run(session: dict[str, executors.Executor]) -> None:
+    session["cpu.good"]()
+    assert conftest.missing_kernels() == [
+        "dequantize=cpu.plain did not run: every call was refused, failed or was deselected"
+    ]
+    session["cpu.plain"]()
+    assert conftest.missing_kernels() == []
+
+
+def test_a_skip_names_the_reason(session: dict[str, executors.Executor]) -> None:
+    with pytest.raises(pytest.skip.Exception, match="cpu.exotic needs exotic"):
+        session["cpu.exotic"]()
+    assert not executors.ran
+
+
+def test_the_expected_list_is_exact(session: dict[str, executors.Executor], monkeypatch: pytest.MonkeyPatch) -> None:
+    session["cpu.good"]()
+    session["cpu.plain"]()
+    monkeypatch.setenv("MOEKERN_EXPECT_KERNELS", "cpu.good, cpu.plain")
+    assert conftest.missing_kernels() == []
+    monkeypatch.setenv("MOEKERN_EXPECT_KERNELS", "cpu.good,cpu.exotic,cpu.typo")
+    assert conftest.missing_kernels() == [
+        "dequantize=cpu.exotic did not run: needs exotic",
+        "dequantize=cpu.plain ran, but MOEKERN_EXPECT_KERNELS does not list it",
+        "MOEKERN_EXPECT_KERNELS lists cpu.typo, which no op has",
+    ]
