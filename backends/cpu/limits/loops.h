@@ -61,7 +61,7 @@ void read(const char* src, int64_t bytes) {
 inline void store_past_caches(char* p, I32 x) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(reinterpret_cast<__m512i*>(p), x);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(MOEKERN_EMULATE_ISA)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), x);
 #else
   store_i32(p, x);
