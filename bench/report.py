@@ -35,10 +35,10 @@ def spread(samples: Samples) -> str:
 
 
 def _fraction(fraction: float) -> Text:
-    over = 1.1  # beyond what chance and caches explain, something else is wrong: usually a neighbour
-    style = (
-        "magenta" if fraction > over else "bold green" if fraction >= 0.85 else "yellow" if fraction >= 0.6 else "red"
-    )
+    if fraction > 1.1:  # beyond chance and caches: usually a neighbour who slowed the limits alone
+        style = "magenta"
+    else:
+        style = "bold green" if fraction >= 0.85 else "yellow" if fraction >= 0.6 else "red"
     return Text(f"{100 * fraction:.0f}%", style=style)
 
 
