@@ -18,6 +18,7 @@ from stock import Stock
 import moekern
 from moekern import Kernel, ScaledTensor
 
+WRONG = "WRONG RESULT"
 PEER_ERROR = 0.1  # relative rms beyond which a peer computes something else
 
 
@@ -142,7 +143,7 @@ def compete(
                     problem.check(problem.op(**call), call)
             except AssertionError as wrong:
                 shape = " ".join(f"{key}={value}" for key, value in problem.shape.items())
-                notes.append(f"WRONG RESULT, not timed: {problem.op.name} {name} {shape}: {wrong}")
+                notes.append(f"{WRONG}, not timed: {problem.op.name} {name} {shape}: {wrong}")
                 continue
             entries.append((name, problem, kernel, selected))
     if not entries:
