@@ -148,7 +148,7 @@ def compete(
             entries.append((name, problem, kernel, selected))
     if not entries:
         return []
-    limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copy=problems[0].moves == "copy")
+    limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copying=problems[0].moves == "copy")
     known = checked_peers(peers, problems[0].arguments(0), notes, f"m={problems[0].shape['m']} of {linear}")
     contenders = [
         Contender(name, problem.call, partial(moekern.use, kernel={problem.op.name: kernel.name}))
