@@ -18,6 +18,7 @@ from stock import Stock
 import moekern
 from moekern import Kernel, ScaledTensor
 
+WRONG = "WRONG RESULT"
 PEER_ERROR = 0.1  # relative rms beyond which a peer computes something else
 
 
@@ -142,12 +143,12 @@ def compete(
                     problem.check(problem.op(**call), call)
             except AssertionError as wrong:
                 shape = " ".join(f"{key}={value}" for key, value in problem.shape.items())
-                notes.append(f"WRONG RESULT, not timed: {problem.op.name} {name} {shape}: {wrong}")
+                notes.append(f"{WRONG}, not timed: {problem.op.name} {name} {shape}: {wrong}")
                 continue
             entries.append((name, problem, kernel, selected))
     if not entries:
         return []
-    limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copy=problems[0].moves == "copy")
+    limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copying=problems[0].moves == "copy")
     known = checked_peers(peers, problems[0].arguments(0), notes, f"m={problems[0].shape['m']} of {linear}")
     contenders = [
         Contender(name, problem.call, partial(moekern.use, kernel={problem.op.name: kernel.name}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from measure import Contender, Samples
@@ -38,18 +39,21 @@ class Limits:
     the kernel under test.
     """
 
-    def __init__(self, stock: Stock, kernels: list[Kernel], copy: bool) -> None:
+    def __init__(self, stock: Stock, kernels: list[Kernel], copying: bool) -> None:
         features = moekern.devices()[0].features
-        rows = {needs: (add, read, move) for _, needs, add, read, move in _C.native["cpu"]["limits"]}
+        rows = {needs: (add, reads, copy) for _, needs, add, reads, copy in _C.native["cpu"]["limits"]}
         self._needs = {kernel.name: kernel.needs for kernel in kernels}
         for kernel in kernels:
             if kernel.needs not in rows:
                 raise LookupError(f"no multiply-add limit for {kernel.name} (needs {sorted(kernel.needs)})")
         best = next(loops for needs, loops in rows.items() if needs <= features)
         chunks = stock.fp8.copies(1, READ_BYTES, stock.numel)
-        self._amount: dict[str, int] = {"read": READ_BYTES}
-        self.contenders = [Contender("limit read", lambda turn: best[1](chunks[turn % len(chunks)]))]
-        if copy:
+        self._amount: dict[str, int] = {}
+        self._reads = [f"limit read {i}" for i, _ in enumerate(best[1])]
+        self.contenders = [
+            Contender(name, partial(_in_turn, read, chunks)) for name, read in zip(self._reads, best[1], strict=True)
+        ]
+        if copying:
             out = stock.outputs(1, READ_BYTES, torch.float8_e4m3fn)
             self._amount["copy"] = 2 * READ_BYTES
             self.contenders.append(
@@ -64,11 +68,16 @@ class Limits:
         def rate(what: str) -> float:
             return self._amount[what] / samples[f"limit {what}"].median if what in self._amount else float("nan")
 
-        return Peaks(rate("read"), rate("copy"), rate(_fma(self._needs[kernel.name])))
+        read = READ_BYTES / min(samples[name].median for name in self._reads)  # the fastest loop
+        return Peaks(read, rate("copy"), rate(_fma(self._needs[kernel.name])))
 
 
 def _fma(needs: frozenset[str]) -> str:
     return f"fma {'+'.join(sorted(needs)) or 'scalar'}"
+
+
+def _in_turn(read: Callable[[torch.Tensor], None], chunks: list[torch.Tensor], turn: int) -> None:
+    read(chunks[turn % len(chunks)])
 
 
 def _ignore_turn(call: Callable[[], object]) -> Callable[[int], object]:

@@ -184,10 +184,10 @@ PEERS: tuple[type[Peer], ...] = (
 
 
 def choose(wanted: str) -> tuple[list[type[Peer]], dict[str, str]]:
-    """Peers by name or family ("torch", "onnxruntime-int8"), and why those absent are absent."""
+    """Peers by name or family ("torch", "onnxruntime-int8", "none"), and why those absent are absent."""
     chosen: list[type[Peer]] = []
     absent: dict[str, str] = {}
-    for word in filter(None, (part.strip() for part in wanted.split(","))):
+    for word in (part.strip() for part in wanted.split(",") if wanted != "none"):
         named = [peer for peer in PEERS if word in (peer.name, peer.name.split("-")[0])]
         if not named:
             names = ", ".join(peer.name for peer in PEERS)

@@ -35,7 +35,10 @@ def spread(samples: Samples) -> str:
 
 
 def _fraction(fraction: float) -> Text:
-    style = "bold green" if fraction >= 0.85 else "yellow" if fraction >= 0.6 else "red"
+    if fraction > 1.1:  # beyond chance and caches: usually a neighbour who slowed the limits alone
+        style = "magenta"
+    else:
+        style = "bold green" if fraction >= 0.85 else "yellow" if fraction >= 0.6 else "red"
     return Text(f"{100 * fraction:.0f}%", style=style)
 
 
@@ -104,34 +107,32 @@ def rows_table(title: str, rows: list[Row]) -> Table:
 SHARED = 2.0  # times: limits that differ by more within a run were taken with neighbours on the cores
 
 
-def limits_of(console: Console, rows: list[Row]) -> None:
-    """The run's limits, with the range over its comparisons."""
-    seen: dict[str, list[float]] = {}
+def legend(console: Console, rows: list[Row], absent: dict[str, str]) -> None:
+    """Under the tables: the run's limits with their range over its comparisons, and what the columns mean."""
+    limits: dict[str, list[float]] = {}
     for row in rows:
         for name, rate in row.limits.items():
             what = f"{row.isa} multiply-add, GFLOP/s" if name == "multiply_add" else f"DRAM {name}, GB/s"
-            seen.setdefault(what, []).append(rate / 1e9)
-    ranges = (f"{what} {statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for what, r in seen.items())
+            limits.setdefault(what, []).append(rate / 1e9)
+    ranges = (f"{what} {statistics.median(r):.1f} ({min(r):.1f} to {max(r):.1f})" for what, r in limits.items())
+    console.print()
     console.print(f"Limits of this run: {'; '.join(ranges)}", highlight=False)
-    if any(max(rates) > SHARED * min(rates) for rates in seen.values()):
+    if any(max(rates) > SHARED * min(rates) for rates in limits.values()):
         console.print("[bold red]The limits changed during the run: others use this machine. Trust none of this.")
-
-
-def explain(console: Console, peers: list[str], absent: dict[str, str]) -> None:
-    """The legend under the tables."""
     console.print(
         "[dim]A: activations (bf16 = W8A16, fp8 = W8A8). ±: median distance from the median. of limit: least time by "
         "the limit that binds, of this run, over the time. vs: times faster than the peer."
     )
+    present = {name for row in rows for name in row.peers}
     for peer in PEERS:
-        if peer.name in peers:
+        if peer.name in present:
             console.print(f"[dim]{SHORT[peer.name]}: {peer.name}, {peer.says}")
     for name, reason in absent.items():
         console.print(f"[dim]{name}: not here, {reason}")
 
 
-def write_json(path: Path, machine: dict[str, Any], settings: dict[str, Any], sections: dict[str, Any]) -> None:
-    path.write_text(json.dumps({"machine": machine, "settings": settings, **sections}, indent=1) + "\n")
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
 def plot(path: Path, rows: list[Row], machine: dict[str, Any], title: str) -> None:

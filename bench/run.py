@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,80 +17,104 @@ import typer
 from compete import Effort, Row
 from peers import Peer, choose
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from stock import Stock
+from suites import Linear
 
 import moekern
 from moekern.ops import OPS
 
 OP_NAMES = [op.name for op in OPS]
+ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
 WIDTH = 118  # of the tables where the output is no terminal
+BUSY = 0.5  # load, before this run adds its own
 
 
-def _list(option: str, text: str, allowed: list[str]) -> list[str]:
+def _words(option: str, text: str, allowed: list[str]) -> list[str]:
     words = [word.strip() for word in text.split(",") if word.strip()]
     if wrong := [word for word in words if word not in allowed]:
         raise typer.BadParameter(f"{', '.join(wrong)}: not among {', '.join(allowed)}", param_hint=option)
     return words
 
 
-def _rows_of_m(text: str | None, suite: suites.Suite, quick: bool) -> tuple[int, ...]:
-    if text is None:
-        return suite.quick_m if quick else suite.m
+def _numbers(option: str, text: str) -> tuple[int, ...]:
     try:
-        m = tuple(int(word) for word in text.split(","))
+        numbers = tuple(int(word) for word in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"{text}: not a list of numbers", param_hint="--m") from None
-    if min(m) < 1:
-        raise typer.BadParameter(f"{text}: every M is at least 1", param_hint="--m")
-    return m
+        raise typer.BadParameter(f"{text}: not a list of numbers", param_hint=option) from None
+    if min(numbers) < 1:
+        raise typer.BadParameter(f"{text}: every number is at least 1", param_hint=option)
+    return numbers
 
 
 class Bench:
-    """One run: what was asked for, what it found."""
+    """The cases of one run, one table for each linear layer."""
 
-    def __init__(self, console: Console, stock: Stock, effort: Effort, kernel: str | None) -> None:
-        self.console, self.stock, self.effort, self.kernel = console, stock, effort, kernel
+    def __init__(
+        self, console: Console, ops: list[str], linears: tuple[Linear, ...], m: tuple[int, ...], activations: list[str]
+    ) -> None:
+        self.console, self.ops, self.linears, self.m, self.activations = console, ops, linears, m, activations
+        rows = max([*m, *(linear.n for linear in linears if set(ops) & set(problems.OF_WEIGHTS))])
+        largest = max(max(linear.n, 2 * rows) * linear.k for linear in linears)  # silu_mul reads [rows, 2 k]
+        self.stock = Stock(machine.cold_bytes(), largest)
         self.rows: list[Row] = []
         self.notes: list[str] = []
 
-    def linear(
+    def run(self, kernel: str | None, peers: list[type[Peer]], effort: Effort) -> None:
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        cases = [(op, linear, self._rows_of(op, linear)) for op in self.ops for linear in self.linears]
+        # Drawn between measurements only: a refreshing thread would take part in every sample.
+        shown = self.console.is_terminal
+        with Progress(
+            *columns, console=self.console, transient=True, auto_refresh=False, disable=not shown
+        ) as progress:
+            task = progress.add_task("", total=sum(len(rows) for *_, rows in cases))
+            for op, linear, rows in cases:
+                found = self._linear(op, linear, rows, kernel, peers, effort, progress, task)
+                if found:
+                    size = f"{linear.n * linear.k / 1e6:.1f} MB of weights"
+                    title = f"{op} · {linear.name} · N {linear.n} × K {linear.k} · {size}"
+                    self.console.print()
+                    report.show(self.console, report.rows_table(title, found))
+                    self.rows += found
+
+    def _rows_of(self, op: str, linear: Linear) -> tuple[int, ...]:
+        return (linear.n,) if op in problems.OF_WEIGHTS else self.m
+
+    def _linear(
         self,
         op: str,
-        linear: suites.Linear,
-        m: tuple[int, ...],
-        activations: list[str],
-        chosen: list[type[Peer]],
+        linear: Linear,
+        rows: tuple[int, ...],
+        kernel: str | None,
+        peers: list[type[Peer]],
+        effort: Effort,
         progress: Progress,
-        task: Any,
-    ) -> None:
+        task: TaskID,
+    ) -> list[Row]:
         found: list[Row] = []
-        peers: list[Peer] = []
+        made: list[Peer] = []
         if op == "fp8_gemm_nt":
             weights = self.stock.weights(linear.n, linear.k)
             memory = machine.memory_budget()
-            peers = compete.make_peers(chosen, weights[0], self.stock.cold, memory, self.notes, linear.name)
-        for rows in m if op not in problems.OF_WEIGHTS else (linear.n,):
-            progress.update(task, description=f"{op} {linear.name} M={rows}", refresh=True)
+            made = compete.make_peers(peers, weights[0], self.stock.cold, memory, self.notes, linear.name)
+        for m in rows:
+            progress.update(task, description=f"{op} {linear.name} M={m}", refresh=True)
             if op == "fp8_gemm_nt":
-                group = [problems.gemm(weights, rows, kind) for kind in activations]
-                for peer in peers:
+                group = [problems.gemm(weights, m, kind) for kind in self.activations]
+                for peer in made:
                     peer.bind(problems.plain_activations(group[0]))
             elif op == "dequantize":
-                group = [problems.dequantize(self.stock, rows, linear.k)]
+                group = [problems.dequantize(self.stock, m, linear.k)]
             else:
-                group = [problems.cast(getattr(moekern, op), self.stock, rows, linear.k)]
-            found += compete.compete(self.stock, linear.name, group, self.kernel, peers, self.effort, self.notes)
+                group = [problems.cast(getattr(moekern, op), self.stock, m, linear.k)]
+            found += compete.compete(self.stock, linear.name, group, kernel, made, effort, self.notes)
             progress.advance(task)
-        if found:
-            size = f"{linear.n * linear.k / 1e6:.1f} MB of weights"
-            title = f"{op} · {linear.name} · N {linear.n} × K {linear.k} · {size}"
-            self.console.print()
-            report.show(self.console, report.rows_table(title, found))
-        self.rows += found
+        return found
 
 
 def main(
+    context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
     op: Annotated[str, typer.Option(help=f"ops, separated by commas, or all: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
@@ -106,80 +129,59 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="draw the roofline here, as PNG")] = None,
 ) -> None:
     """Times FP8 kernels against this machine's limits and against what else one could call."""
+    try:
+        table = suites.load(suite)
+        chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    ops = OP_NAMES if op == "all" else _words("--op", op, OP_NAMES)
+    kinds = _words("--activations", activations, ["bf16", "fp8"])
+    rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
+
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    if threads:
-        torch.set_num_threads(threads)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
+    torch.set_num_threads(threads or torch.get_num_threads())
     started = time.perf_counter()
     facts = machine.describe()
     console.print(f"[bold]moekern bench[/] · {machine.headline(facts)}", highlight=False)
-    if facts["load"] > 0.5:
+    if facts["load"] > BUSY:
         console.print(f"[yellow]The machine is busy (load {facts['load']}): expect a wide spread.")
-    sections: dict[str, Any] = {}
-    failed = False
+    result: dict[str, Any] = {"machine": facts, "settings": context.params}
+    notes: list[str] = []
     if real:
         import real_model
 
         try:
-            sections["real"] = real_model.run(console, quick)
+            result["real"] = real_model.run(console, quick)
         except real_model.Missing as reason:
             raise typer.BadParameter(str(reason), param_hint="--real") from None
     else:
-        try:
-            table = suites.load(suite)
-            wanted = peers if peers is not None else QUICK_PEERS if quick else "torch,onnxruntime"
-            chosen, absent = choose("" if wanted == "none" else wanted)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        ops = OP_NAMES if op == "all" else _list("--op", op, OP_NAMES)
-        kinds = _list("--activations", activations, ["bf16", "fp8"])
-        ms = _rows_of_m(m, table, quick)
-        rows_at_most = max([*ms, *(x.n for x in table.linears if any(o in problems.OF_WEIGHTS for o in ops))])
-        largest = max(max(x.n, 2 * rows_at_most) * x.k for x in table.linears)
-        stock = Stock(machine.cold_bytes(), largest)
-        bench = Bench(console, stock, Effort(0.25, 9) if quick else Effort(1.0, 25), kernel)
-        steps = sum(len(table.linears) * (1 if o in problems.OF_WEIGHTS else len(ms)) for o in ops)
-        with _progress(console, steps) as (progress, task):
-            for name in ops:
-                for linear in table.linears:
-                    bench.linear(name, linear, ms, kinds, chosen if name == "fp8_gemm_nt" else [], progress, task)
-        console.print()
+        bench = Bench(console, ops, table.linears, rows, kinds)
+        effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
+        bench.run(kernel, chosen, effort)
+        result["results"] = [row.to_json() for row in bench.rows]
+        notes += bench.notes
         if bench.rows:
-            report.limits_of(console, bench.rows)
-        report.explain(console, [peer.name for peer in chosen], absent)
+            report.legend(console, bench.rows, absent)
+        elif not notes:
+            raise typer.BadParameter(f"{kernel}: no kernel of that name accepts any case", param_hint="--kernel")
         if overhead and kernel is None:
-            sections["overheads"], notes = overheads.run(console, stock, bench.effort, quick)
-            bench.notes += notes
-        for note in bench.notes:
-            console.print(f"[red]{note}", highlight=False)
-        failed = any(note.startswith("WRONG") for note in bench.notes)
-        sections["results"] = [row.to_json() for row in bench.rows]
-        sections["notes"] = bench.notes
+            result["overheads"], more = overheads.run(console, bench.stock, effort, quick)
+            notes += more
         if plot:
             report.plot(plot, bench.rows, facts, f"fp8_gemm_nt · {table.model}")
             console.print(f"roofline: {plot}")
-    settings = {"suite": suite, "op": op, "kernel": kernel, "m": m, "quick": quick, "real": real}
+    for note in notes:
+        console.print(f"[red]{note}", highlight=False)
     if json:
-        report.write_json(json, facts, settings, sections)
+        report.write_json(json, result | {"notes": notes})
         console.print(f"results: {json}")
     console.print(f"[dim]{time.perf_counter() - started:.0f} s")
-    if failed:
+    if any(note.startswith(compete.WRONG) for note in notes):
         raise typer.Exit(1)
-
-
-QUICK_PEERS = "torch-bf16,torch-fp32,torch-int8"
-
-
-@contextlib.contextmanager
-def _progress(console: Console, steps: int) -> Any:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    # Drawn between measurements only: a refreshing thread would take part in every sample.
-    shown = console.is_terminal
-    with Progress(*columns, console=console, transient=True, auto_refresh=False, disable=not shown) as progress:
-        yield progress, progress.add_task("", total=steps)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

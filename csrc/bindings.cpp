@@ -381,11 +381,11 @@ int64_t run_multiply_add(const LimitLoops& limits) {
   return limits.multiply_add(threads);
 }
 
-void run_read(const LimitLoops& limits, py::handle x) {
+void run_read(const LimitLoops& limits, int loop, py::handle x) {
   const Bytes src = bytes_of("x", x);
   const int threads = num_threads();
   py::gil_scoped_release release;
-  limits.read(src.data, src.count, threads);
+  limits.read(loop, src.data, src.count, threads);
 }
 
 void run_copy(const LimitLoops& limits, py::handle x, py::handle out) {
@@ -407,7 +407,7 @@ py::frozenset names_of(uint64_t bits, const Table<Feature>& features) {
 
 // {"features": (), "thread_team": (), "fp8_gemm_nt": [(name, needs, run, refuses)],
 //  "cast": [(name, needs, cast, silu_mul_cast, dequantize)],
-//  "limits": [(name, needs, multiply_add() -> flops, read(x), copy(x, out))]}
+//  "limits": [(name, needs, multiply_add() -> flops, [read(x)], copy(x, out))]}
 py::dict rows_of(const Backend& backend) {
   py::list gemm, cast, limits;
   for (const GemmKernel& k : backend.gemm) {
@@ -428,9 +428,11 @@ py::dict rows_of(const Backend& backend) {
                                py::cpp_function([run = k.dequantize](py::handle x, py::handle out) { run_dequantize(run, x, out); })));
   }
   for (const LimitLoops& l : backend.limits) {
+    py::list reads;
+    for (int i = 0; i < kReadLoops; ++i) reads.append(py::cpp_function([&l, i](py::handle x) { run_read(l, i, x); }));
     limits.append(py::make_tuple(l.name, names_of(l.needs, backend.features),
                                  py::cpp_function([&l] { return run_multiply_add(l); }),
-                                 py::cpp_function([&l](py::handle x) { run_read(l, x); }),
+                                 reads,
                                  py::cpp_function([&l](py::handle x, py::handle out) { run_copy(l, x, out); })));
   }
   py::dict rows;

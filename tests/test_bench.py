@@ -173,13 +173,15 @@ def test_limits_do_their_work() -> None:
     features = moekern.devices()[0].features
     x = torch.randn(3, 1 << 18)
     ran = 0
-    for name, needs, multiply_add, read, copy in _C.native["cpu"]["limits"]:
+    for name, needs, multiply_add, reads, copy in _C.native["cpu"]["limits"]:
         if needs <= features:
             ran += 1
             out = torch.zeros_like(x)
             copy(x, out)
             assert torch.equal(x, out), name
-            assert read(x) is None and multiply_add() > 0
+            assert multiply_add() > 0
+            for read in reads:
+                assert read(x) is None
             with pytest.raises(ValueError, match="multiple"):
                 read(x[:, :100].contiguous())
             with pytest.raises(ValueError, match="contiguous"):

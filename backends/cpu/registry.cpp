@@ -26,8 +26,8 @@ template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { si
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
-template <const LimitIsa& kIsa> void run_read(const char* src, int64_t bytes, int threads) {
-  limit_read(kIsa, src, bytes, threads);
+template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
+  limit_read(kIsa, loop, src, bytes, threads);
 }
 template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, char* dst, int threads) {
   limit_copy(kIsa, src, bytes, dst, threads);

@@ -47,6 +47,9 @@ struct CastKernel {
   void (*dequantize)(const CastProblem&);
 };
 
+// One stream, one with software prefetch, two streams: which is fastest depends on the machine, and on
+// how busy its memory is.
+constexpr int kReadLoops = 3;
 constexpr int64_t kLimitGranule = 1024;  // bytes read or copied are a multiple: unrolled loops, no tail
 
 // The device's own limits as one ISA reaches them: what bench/ holds that ISA's kernels against.
@@ -54,7 +57,7 @@ struct LimitLoops {
   const char* name;
   uint64_t needs;
   int64_t (*multiply_add)(int threads);  // f32, in registers; returns the floating-point operations done
-  void (*read)(const char* src, int64_t bytes, int threads);
+  void (*read)(int loop, const char* src, int64_t bytes, int threads);
   void (*copy)(const char* src, int64_t bytes, char* dst, int threads);
 };
 

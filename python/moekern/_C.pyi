@@ -14,13 +14,13 @@ class _NativeBackend(TypedDict):
     fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
-    # (name, needs, multiply_add -> floating-point operations done, read(x), copy(x, out)); for bench/
+    # (name, needs, multiply_add -> floating-point operations done, [read(x)], copy(x, out)); for bench/
     limits: list[
         tuple[
             str,
             frozenset[str],
             Callable[[], int],
-            Callable[[torch.Tensor], None],
+            list[Callable[[torch.Tensor], None]],
             Callable[[torch.Tensor, torch.Tensor], None],
         ]
     ]

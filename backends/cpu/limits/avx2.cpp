@@ -5,6 +5,6 @@
 namespace moekern::cpu {
 
 extern const LimitIsa k_limits_avx2;
-constexpr LimitIsa k_limits_avx2 = {multiply_add<MultiplyAdd>, read, copy};
+constexpr LimitIsa k_limits_avx2 = limits<MultiplyAdd>;
 
 }  // namespace moekern::cpu

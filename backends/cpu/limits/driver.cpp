@@ -27,8 +27,8 @@ int64_t limit_multiply_add(const LimitIsa& isa, int threads) {
   return flops;
 }
 
-void limit_read(const LimitIsa& isa, const char* src, int64_t bytes, int threads) {
-  for_each_piece(threads, bytes, [&](int64_t first, int64_t count) { isa.read(src + first, count); });
+void limit_read(const LimitIsa& isa, int loop, const char* src, int64_t bytes, int threads) {
+  for_each_piece(threads, bytes, [&](int64_t first, int64_t count) { isa.read[loop](src + first, count); });
 }
 
 void limit_copy(const LimitIsa& isa, const char* src, int64_t bytes, char* dst, int threads) {

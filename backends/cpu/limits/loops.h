@@ -37,21 +37,32 @@ int64_t multiply_add(int64_t rounds) {
   return rounds * kChains * W * Step::kFlops;
 }
 
-constexpr int kStreams = 4;
-constexpr int64_t kVectorBytes = sizeof(I32), kStepBytes = kStreams * kVectorBytes;
-static_assert(kLimitGranule % kStepBytes == 0, "no tail");
+constexpr int kVectors = 4;
+constexpr int64_t kVectorBytes = sizeof(I32), kStepBytes = kVectors * kVectorBytes, kLineBytes = 64;
 
+// kRuns halves (or one whole) side by side, each asking for the bytes kAhead further on.
+template <int kRuns, int64_t kAhead>
 void read(const char* src, int64_t bytes) {
-  I32 seen[kStreams];
+  static_assert(kLimitGranule % (kRuns * kStepBytes) == 0, "no tail");
+  const int64_t run = bytes / kRuns;
+  I32 seen[kVectors];
 #pragma GCC unroll 4
-  for (int v = 0; v < kStreams; ++v) seen[v] = set1_i32(0);
-  for (int64_t i = 0; i < bytes; i += kStepBytes) {
+  for (int v = 0; v < kVectors; ++v) seen[v] = set1_i32(0);
+  for (int64_t i = 0; i < run; i += kStepBytes) {
+#pragma GCC unroll 2
+    for (int r = 0; r < kRuns; ++r) {
+      const char* at = src + r * run + i;
+      if (kAhead) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kStreams; ++v) seen[v] = bit_or(seen[v], load_i32(src + i + v * kVectorBytes));
+        for (int64_t line = 0; line < kStepBytes; line += kLineBytes) __builtin_prefetch(at + kAhead + line);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) seen[v] = bit_or(seen[v], load_i32(at + v * kVectorBytes));
+    }
   }
-  uint32_t words[kStreams * W];
+  uint32_t words[kVectors * W];
 #pragma GCC unroll 4
-  for (int v = 0; v < kStreams; ++v) store_i32(words + v * W, seen[v]);
+  for (int v = 0; v < kVectors; ++v) store_i32(words + v * W, seen[v]);
   volatile uint32_t result = words[0] | words[W] | words[2 * W] | words[3 * W];
   (void)result;
 }
@@ -59,11 +70,14 @@ void read(const char* src, int64_t bytes) {
 void copy(const char* src, int64_t bytes, char* dst) {
   for (int64_t i = 0; i < bytes; i += kStepBytes) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kStreams; ++v)
+    for (int v = 0; v < kVectors; ++v)
       store_past_caches(dst + i + v * kVectorBytes, load_i32(src + i + v * kVectorBytes));
   }
   __atomic_thread_fence(__ATOMIC_SEQ_CST);  // orders streaming stores too
 }
+
+template <class Step>
+constexpr LimitIsa limits = {multiply_add<Step>, {read<1, 0>, read<1, 2048>, read<2, 0>}, copy};
 
 }  // namespace
 }  // namespace moekern::cpu

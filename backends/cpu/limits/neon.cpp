@@ -5,6 +5,6 @@
 namespace moekern::cpu {
 
 extern const LimitIsa k_limits_neon;
-constexpr LimitIsa k_limits_neon = {multiply_add<MultiplyAdd>, read, copy};
+constexpr LimitIsa k_limits_neon = limits<MultiplyAdd>;
 
 }  // namespace moekern::cpu

@@ -15,6 +15,6 @@ struct DotBf16 {
 }  // namespace
 
 extern const LimitIsa k_limits_neon_bf16;
-constexpr LimitIsa k_limits_neon_bf16 = {multiply_add<DotBf16>, read, copy};
+constexpr LimitIsa k_limits_neon_bf16 = limits<DotBf16>;
 
 }  // namespace moekern::cpu

@@ -5,6 +5,6 @@
 namespace moekern::cpu {
 
 extern const LimitIsa k_limits_scalar;
-constexpr LimitIsa k_limits_scalar = {multiply_add<MultiplyAdd>, read, copy};
+constexpr LimitIsa k_limits_scalar = limits<MultiplyAdd>;
 
 }  // namespace moekern::cpu

@@ -5,6 +5,6 @@
 namespace moekern::cpu {
 
 extern const LimitIsa k_limits_sve_256;
-constexpr LimitIsa k_limits_sve_256 = {multiply_add<MultiplyAdd>, read, copy};
+constexpr LimitIsa k_limits_sve_256 = limits<MultiplyAdd>;
 
 }  // namespace moekern::cpu
