@@ -31,6 +31,6 @@ int64_t multiply_add_tiles(int64_t rounds) {
 }  // namespace
 
 extern const LimitIsa k_limits_amx_bf16;
-constexpr LimitIsa k_limits_amx_bf16 = {multiply_add_tiles, read, copy};
+constexpr LimitIsa k_limits_amx_bf16 = {multiply_add_tiles, {read<1, 0>, read<1, 2048>, read<2, 0>}, copy};
 
 }  // namespace moekern::cpu
