@@ -15,7 +15,10 @@ namespace py = pybind11;
 
 namespace moekern {
 
-#define MOEKERN_BACKEND(NAME) namespace NAME { const Backend& backend(); }
+#define MOEKERN_BACKEND(NAME) \
+  namespace NAME {            \
+  const Backend& backend();   \
+  }
 #include "moekern/backends.inc"
 #undef MOEKERN_BACKEND
 
@@ -51,12 +54,12 @@ dlpack::DataType dlpack_type(Dtype t) {
 
 // What Python hands over once, at import: classes and functions that C++ cannot name by itself.
 struct Runtime {
-  py::object scaled_tensor;     // the class moekern.ScaledTensor
-  py::object tensor;            // the class torch.Tensor
-  py::object num_threads;       // () -> int
-  py::object read;              // (tensor) -> (pointer, shape, strides, format name, device type), without the table
-  py::object allocate;          // (like, shape, format name) -> tensor, without the table
-  py::dict dtypes;              // torch.dtype -> format name
+  py::object scaled_tensor;  // the class moekern.ScaledTensor
+  py::object tensor;         // the class torch.Tensor
+  py::object num_threads;    // () -> int
+  py::object read;           // (tensor) -> (pointer, shape, strides, format name, device type), without the table
+  py::object allocate;       // (like, shape, format name) -> tensor, without the table
+  py::dict dtypes;           // torch.dtype -> format name
   const dlpack::ExchangeApi* exchange = nullptr;
 };
 
@@ -106,7 +109,8 @@ View view(const char* op, const char* name, py::handle object, int dimensions = 
     v.matrix.dtype = dtype_of(t.dtype);
     v.device = t.device.type | t.device.id << 16;
   } else {
-    const auto fields = r.read(object).cast<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string, int>>();
+    const auto fields =
+        r.read(object).cast<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string, int>>();
     ndim = static_cast<int>(std::get<1>(fields).size());
     check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
     for (int d = 0; d < ndim; ++d) {
@@ -154,7 +158,9 @@ py::object allocate(py::handle like, int device, int64_t rows, int64_t cols, Dty
   const Runtime& r = runtime();
   if (!r.exchange) return r.allocate(like, py::make_tuple(rows, cols), name_of(dtype));
   int64_t shape[2] = {rows, cols};
-  dlpack::Tensor prototype{nullptr, {static_cast<dlpack::DeviceType>(device & 0xffff), device >> 16}, 2, dlpack_type(dtype), shape, nullptr, 0};
+  dlpack::Tensor prototype{
+      nullptr, {static_cast<dlpack::DeviceType>(device & 0xffff), device >> 16}, 2, dlpack_type(dtype), shape, nullptr,
+      0};
   dlpack::ManagedTensor* tensor = nullptr;
   if (r.exchange->allocate(&prototype, &tensor, nullptr, set_dlpack_error)) throw py::error_already_set();
   void* object = nullptr;
@@ -168,7 +174,9 @@ struct Scaled {
   int device;
 };
 
-bool is_scaled(py::handle object) { return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(runtime().scaled_tensor.ptr()); }
+bool is_scaled(py::handle object) {
+  return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(runtime().scaled_tensor.ptr());
+}
 
 Scaled scaled(const char* op, const char* name, py::handle object) {
   static const py::object kData = interned("data"), kScale = interned("scale"), kBlock = interned("block");
@@ -228,14 +236,16 @@ struct Prepared {
 thread_local Prepared prepared;
 
 GemmProblem problem_of(py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
-  if (prepared.operands == std::array<PyObject*, 5>{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()}) return prepared.problem;
+  if (prepared.operands == std::array<PyObject*, 5>{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()})
+    return prepared.problem;
   int device;
   GemmProblem p = gemm_problem(a, b, c, bias, &device);
   p.out = matrix(kGemm, "out", out, device);
   return p;
 }
 
-py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias, py::object out, py::object out_dtype) {
+py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias, py::object out,
+                       py::object out_dtype) {
   int device;
   GemmProblem p = gemm_problem(a, b, c, bias, &device);
   if (!is_scaled(a)) check_plain(kGemm, "a", a);
@@ -246,7 +256,9 @@ py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias
   check_gemm(kGemm, p);
   const Dtype natural = is_fp8(p.a.dtype) ? Dtype::bf16 : p.a.dtype;
   const bool fresh = out.is_none();
-  if (fresh) out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, p.m(), p.n(), dtype_argument(kGemm, out_dtype, natural));
+  if (fresh)
+    out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, p.m(), p.n(),
+                   dtype_argument(kGemm, out_dtype, natural));
   p.out = matrix(kGemm, "out", out, device);
   if (!fresh) {
     check_plain(kGemm, "out", out);
@@ -277,7 +289,8 @@ void run_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c
   kernel.run(p);
 }
 
-py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
+py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias,
+                       py::handle out) {
   const char* reason = kernel.refuses(problem_of(a, b, c, bias, out));
   return reason ? py::object(py::str(reason)) : py::object(py::none());
 }
@@ -328,7 +341,8 @@ py::tuple prepare_dequantize(py::object x, py::object out, py::object out_dtype)
   p.x = matrix(kName, "out", out, s.device);
   check_plain(kName, "out", out);
   const Dtype wanted = dtype_argument(kName, out_dtype, p.x.dtype);
-  check<TypeError>(wanted == p.x.dtype, kName, ": out has dtype ", name_of(p.x.dtype), " but out_dtype is ", name_of(wanted));
+  check<TypeError>(wanted == p.x.dtype, kName, ": out has dtype ", name_of(p.x.dtype), " but out_dtype is ",
+                   name_of(wanted));
   check_cast(kName, p, false, false);
   return py::make_tuple(std::move(x), std::move(out));
 }
@@ -414,25 +428,25 @@ py::dict rows_of(const Backend& backend) {
     py::cpp_function run([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
       run_gemm(k, a, b, c, bias, out);
     });
-    py::cpp_function refuses([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
-      return refuse_gemm(k, a, b, c, bias, out);
-    });
+    py::cpp_function refuses([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out,
+                                  py::handle) { return refuse_gemm(k, a, b, c, bias, out); });
     gemm.append(py::make_tuple(k.name, names_of(k.needs, backend.features), run, refuses));
   }
   for (const CastKernel& k : backend.cast) {
     const auto bind = [](void (*run)(const CastProblem&), const char* op) {
-      return py::cpp_function([run, op](py::handle x, py::handle q, bool round_scale_up) { run_cast(run, op, x, q, round_scale_up); });
+      return py::cpp_function(
+          [run, op](py::handle x, py::handle q, bool round_scale_up) { run_cast(run, op, x, q, round_scale_up); });
     };
-    cast.append(py::make_tuple(k.name, names_of(k.needs, backend.features), bind(k.cast, "cast_to_fp8"),
-                               bind(k.silu_mul_cast, "silu_mul_cast_to_fp8"),
-                               py::cpp_function([run = k.dequantize](py::handle x, py::handle out) { run_dequantize(run, x, out); })));
+    cast.append(py::make_tuple(
+        k.name, names_of(k.needs, backend.features), bind(k.cast, "cast_to_fp8"),
+        bind(k.silu_mul_cast, "silu_mul_cast_to_fp8"),
+        py::cpp_function([run = k.dequantize](py::handle x, py::handle out) { run_dequantize(run, x, out); })));
   }
   for (const LimitLoops& l : backend.limits) {
     py::list reads;
     for (int i = 0; i < kReadLoops; ++i) reads.append(py::cpp_function([&l, i](py::handle x) { run_read(l, i, x); }));
     limits.append(py::make_tuple(l.name, names_of(l.needs, backend.features),
-                                 py::cpp_function([&l] { return run_multiply_add(l); }),
-                                 reads,
+                                 py::cpp_function([&l] { return run_multiply_add(l); }), reads,
                                  py::cpp_function([&l](py::handle x, py::handle out) { run_copy(l, x, out); })));
   }
   py::dict rows;

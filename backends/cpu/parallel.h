@@ -53,19 +53,25 @@ void parallel_for(int threads, int64_t tasks, const Body& body) {
       const Body& body;
       int64_t tasks;
     } context{body, tasks};
-    return run_region(1, [](void* p) {
-      const auto& c = *static_cast<Context*>(p);
-      for (int64_t task = 0; task < c.tasks; ++task) c.body(task);
-    }, &context);
+    return run_region(
+        1,
+        [](void* p) {
+          const auto& c = *static_cast<Context*>(p);
+          for (int64_t task = 0; task < c.tasks; ++task) c.body(task);
+        },
+        &context);
   }
   struct Context {
     const Body& body;
     Shares shares;
   } context{body, {threads, tasks}};
-  run_region(threads, [](void* p) {
-    auto& c = *static_cast<Context*>(p);
-    c.shares.work(c.body);
-  }, &context);
+  run_region(
+      threads,
+      [](void* p) {
+        auto& c = *static_cast<Context*>(p);
+        c.shares.work(c.body);
+      },
+      &context);
 }
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call. Each slot is one

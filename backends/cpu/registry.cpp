@@ -8,7 +8,9 @@
 namespace moekern::cpu {
 
 #define MOEKERN_STREAM(ISA, NEEDS)
-#define MOEKERN_PACKED(ISA, NEEDS) extern const GemmIsa k_##ISA; extern const LimitIsa k_limits_##ISA;
+#define MOEKERN_PACKED(ISA, NEEDS) \
+  extern const GemmIsa k_##ISA;    \
+  extern const LimitIsa k_limits_##ISA;
 #define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
@@ -46,7 +48,8 @@ constexpr GemmKernel kGemm[] = {
 constexpr CastKernel kCast[] = {
 #define MOEKERN_STREAM(ISA, NEEDS)
 #define MOEKERN_PACKED(ISA, NEEDS)
-#define MOEKERN_CAST(ISA, NEEDS) {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
+#define MOEKERN_CAST(ISA, NEEDS) \
+  {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
 #undef MOEKERN_PACKED

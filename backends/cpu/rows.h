@@ -149,7 +149,8 @@ inline I32 encode(F32 y) {
   const F32 binade = max(as_f32(bit_and(bits(magnitude), set1_i32(kF32Inf))), smallest);
   const F32 magic = mul(binade, set1(static_cast<float>(1 << (23 - f.mantissa_bits))));
   const F32 rounded = sub(add(magnitude, magic), magic);
-  const I32 code = shr32<23 - f.mantissa_bits>(bits(mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23)))));
+  const I32 code =
+      shr32<23 - f.mantissa_bits>(bits(mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23)))));
   return bit_or(code, bit_and(shr32<24>(bits(y)), set1_i32(0x80)));
 }
 

@@ -49,8 +49,10 @@ inline void check_gemm(const char* op, const GemmProblem& p) {
     check<TypeError>(is_float(p.c.dtype), op, ": c has dtype ", name_of(p.c.dtype), "; it is f32, f16 or bf16");
   }
   if (p.bias) {
-    check(p.bias.rows == 1 && p.bias.cols == p.n(), op, ": bias has ", p.bias.cols, " elements; b has ", p.n(), " rows");
-    check<TypeError>(is_float(p.bias.dtype), op, ": bias has dtype ", name_of(p.bias.dtype), "; it is f32, f16 or bf16");
+    check(p.bias.rows == 1 && p.bias.cols == p.n(), op, ": bias has ", p.bias.cols, " elements; b has ", p.n(),
+          " rows");
+    check<TypeError>(is_float(p.bias.dtype), op, ": bias has dtype ", name_of(p.bias.dtype),
+                     "; it is f32, f16 or bf16");
   }
 }
 
@@ -73,15 +75,18 @@ inline void check_cast(const char* op, const CastProblem& p, bool to_fp8, bool g
   const char* q = to_fp8 ? "out" : "x";
   const char* x = to_fp8 ? "x" : "out";
   check<TypeError>(is_float(p.x.dtype), op, ": ", x, " has dtype ", name_of(p.x.dtype), "; it is f32, f16 or bf16");
-  check<TypeError>(is_fp8(p.q.dtype), op, ": ", q, " has dtype ", name_of(p.q.dtype), "; it is e4m3fn, e4m3fnuz or e5m2");
+  check<TypeError>(is_fp8(p.q.dtype), op, ": ", q, " has dtype ", name_of(p.q.dtype),
+                   "; it is e4m3fn, e4m3fnuz or e5m2");
   check(p.x.rows == p.q.rows && p.x.cols == p.q.cols * (gated ? 2 : 1), op, ": out has shape ",
-        shape_of(to_fp8 ? p.q : p.x), " and x ", shape_of(to_fp8 ? p.x : p.q), gated ? "; x holds a gate and an up half for every output column" : "");
+        shape_of(to_fp8 ? p.q : p.x), " and x ", shape_of(to_fp8 ? p.x : p.q),
+        gated ? "; x holds a gate and an up half for every output column" : "");
   check_grid(op, q, p.q, p.scale);
   const Matrix& out = to_fp8 ? p.q : p.x;
   check_output(op, "out", out);
   check_apart(op, "out", out, to_fp8 ? "x" : "x.data", to_fp8 ? p.x : p.q);
-  check(out.cols <= 1 || out.col_stride == 1, op, ": out must be contiguous along its last dimension, its strides are (",
-        out.row_stride, ", ", out.col_stride, ")");
+  check(out.cols <= 1 || out.col_stride == 1, op,
+        ": out must be contiguous along its last dimension, its strides are (", out.row_stride, ", ", out.col_stride,
+        ")");
   if (to_fp8) {
     check<TypeError>(p.scale.values.dtype == Dtype::f32, op, ": out.scale has dtype ", name_of(p.scale.values.dtype),
                      "; casts write f32 scales");

@@ -10,8 +10,12 @@
 namespace moekern {
 
 // Becomes Python's ValueError and TypeError.
-struct ValueError : std::runtime_error { using std::runtime_error::runtime_error; };
-struct TypeError : std::runtime_error { using std::runtime_error::runtime_error; };
+struct ValueError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+struct TypeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 template <class... Parts>
 std::string text(const Parts&... parts) {
@@ -29,7 +33,9 @@ void check(bool ok, const Parts&... parts) {
 struct Shape {
   int64_t rows, cols;
 };
-inline std::ostream& operator<<(std::ostream& out, const Shape& s) { return out << "[" << s.rows << ", " << s.cols << "]"; }
+inline std::ostream& operator<<(std::ostream& out, const Shape& s) {
+  return out << "[" << s.rows << ", " << s.cols << "]";
+}
 inline Shape shape_of(const Matrix& m) { return {m.rows, m.cols}; }
 
 // The bytes from the first element to the last, for finding overlaps.

@@ -8,12 +8,25 @@ namespace moekern::dlpack {
 enum DeviceType : int32_t { kCpu = 1, kCuda = 2, kCudaHost = 3, kRocm = 10, kRocmHost = 11, kExtension = 12 };
 
 enum TypeCode : uint8_t {
-  kInt = 0, kUInt = 1, kFloat = 2, kBfloat = 4, kBool = 6,
-  kE4m3fn = 10, kE4m3fnuz = 11, kE5m2 = 12, kE8m0fnu = 14,
+  kInt = 0,
+  kUInt = 1,
+  kFloat = 2,
+  kBfloat = 4,
+  kBool = 6,
+  kE4m3fn = 10,
+  kE4m3fnuz = 11,
+  kE5m2 = 12,
+  kE8m0fnu = 14,
 };
 
-struct Device { DeviceType type; int32_t id; };
-struct DataType { uint8_t code, bits; uint16_t lanes; };
+struct Device {
+  DeviceType type;
+  int32_t id;
+};
+struct DataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
 
 struct Tensor {
   void* data;
@@ -25,7 +38,9 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
-struct Version { uint32_t major, minor; };
+struct Version {
+  uint32_t major, minor;
+};
 
 struct ManagedTensor {
   Version version;
@@ -35,7 +50,10 @@ struct ManagedTensor {
   Tensor tensor;
 };
 
-struct ExchangeHeader { Version version; ExchangeHeader* previous; };
+struct ExchangeHeader {
+  Version version;
+  ExchangeHeader* previous;
+};
 
 // The capsule at type(tensor).__dlpack_c_exchange_api__, named "dlpack_exchange_api".
 struct ExchangeApi {

@@ -15,13 +15,9 @@ constexpr int size_of(Dtype t) {
   }
 }
 
-constexpr bool is_fp8(Dtype t) {
-  return t == Dtype::e4m3fn || t == Dtype::e4m3fnuz || t == Dtype::e5m2;
-}
+constexpr bool is_fp8(Dtype t) { return t == Dtype::e4m3fn || t == Dtype::e4m3fnuz || t == Dtype::e5m2; }
 
-constexpr bool is_float(Dtype t) {
-  return t == Dtype::f32 || t == Dtype::f16 || t == Dtype::bf16;
-}
+constexpr bool is_float(Dtype t) { return t == Dtype::f32 || t == Dtype::f16 || t == Dtype::bf16; }
 
 constexpr const char* name_of(Dtype t) {
   switch (t) {

@@ -26,8 +26,8 @@ constexpr uint32_t kF32Nan = 0x7fc00000u, kF32Inf = 0x7f800000u;
 // The layout of an FP8 format: 1 sign bit, then exponent, then mantissa.
 struct Fp8Layout {
   int mantissa_bits, bias;
-  uint8_t max_code;     // the largest finite magnitude
-  uint8_t nan_code;     // magnitude bits of NaN (e4m3fnuz has only 0x80)
+  uint8_t max_code;  // the largest finite magnitude
+  uint8_t nan_code;  // magnitude bits of NaN (e4m3fnuz has only 0x80)
   bool has_inf, nan_is_minus_zero;
 };
 
@@ -63,7 +63,7 @@ static inline uint8_t f32_to_fp8(Dtype t, float x) {
   const int exponent = static_cast<int>(magnitude >> 23);
   const uint64_t significand = exponent ? (magnitude & 0x7fffffu) | 0x800000u : magnitude & 0x7fffffu;
   const int unbiased = (exponent ? exponent : 1) - 127;
-  const int smallest = 1 - f.bias;                               // exponent of the smallest normal
+  const int smallest = 1 - f.bias;  // exponent of the smallest normal
   const int shift = 23 - f.mantissa_bits + (unbiased < smallest ? smallest - unbiased : 0);
   uint32_t code = 0;
   if (shift < 40) {

@@ -9,13 +9,13 @@ namespace moekern {
 
 // out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
 struct GemmProblem {
-  Matrix a;             // [m, k] FP8 with sa, or f32/f16/bf16 without
+  Matrix a;  // [m, k] FP8 with sa, or f32/f16/bf16 without
   ScaleGrid sa;
-  Matrix b;             // [n, k] FP8
+  Matrix b;  // [n, k] FP8
   ScaleGrid sb;
-  Matrix c;             // [m, n] or empty
-  Matrix bias;          // [1, n] or empty
-  Matrix out;           // [m, n]
+  Matrix c;     // [m, n] or empty
+  Matrix bias;  // [1, n] or empty
+  Matrix out;   // [m, n]
   int threads = 1;
 
   int64_t m() const { return a.rows; }
@@ -25,9 +25,9 @@ struct GemmProblem {
 
 // One (x, q . scale) pair of equal shape: a cast reads x and writes q and scale, `dequantize` the reverse.
 struct CastProblem {
-  Matrix x;             // f32, f16 or bf16; [m, 2n] = [gate | up] for silu_mul
-  Matrix q;             // [m, n] FP8
-  ScaleGrid scale;      // f32 values; powers of two when round_scale_up
+  Matrix x;         // f32, f16 or bf16; [m, 2n] = [gate | up] for silu_mul
+  Matrix q;         // [m, n] FP8
+  ScaleGrid scale;  // f32 values; powers of two when round_scale_up
   bool round_scale_up = false;
   int threads = 1;
 };
@@ -69,7 +69,7 @@ struct Table {
   const Row* end() const { return rows + size; }
 };
 
-struct Feature {        // one bit of a kernel's `needs`, by the name that Device.features uses
+struct Feature {  // one bit of a kernel's `needs`, by the name that Device.features uses
   uint64_t bit;
   const char* name;
 };

@@ -13,9 +13,7 @@ struct Matrix {
   int64_t rows = 0, cols = 0;
   int64_t row_stride = 0, col_stride = 0;
 
-  char* at(int64_t row, int64_t col) const {
-    return data + (row * row_stride + col * col_stride) * size_of(dtype);
-  }
+  char* at(int64_t row, int64_t col) const { return data + (row * row_stride + col * col_stride) * size_of(dtype); }
   explicit operator bool() const { return data != nullptr; }
 };
 

@@ -51,7 +51,8 @@ void tile(int mr, int kc, const void* a, int64_t a_stride, const void* b, const 
   if constexpr (M > 1) {
     if (mr < M) return tile<M - 1>(mr, kc, a, a_stride, b, row_scale, scale, c, ldc);
   }
-  tile_rows<M>(kc, static_cast<const uint16_t*>(a), a_stride, static_cast<const uint32_t*>(b), row_scale, scale, c, ldc);
+  tile_rows<M>(kc, static_cast<const uint16_t*>(a), a_stride, static_cast<const uint32_t*>(b), row_scale, scale, c,
+               ldc);
 }
 
 }  // namespace

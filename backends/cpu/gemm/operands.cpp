@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "moekern/float_formats.h"
 #include "cpu/parallel.h"
+#include "moekern/float_formats.h"
 
 namespace moekern::cpu {
 
@@ -23,13 +23,12 @@ float scale_of(const ScaleGrid& grid, int64_t row, int64_t col) {
   return grid.values ? element(grid.values, row / grid.block_rows, col / grid.block_cols) : 1.f;
 }
 
-int exponent_of(float amax) {
-  return static_cast<int>(float_bits(amax) >> 23 & 255) - 127;
-}
+int exponent_of(float amax) { return static_cast<int>(float_bits(amax) >> 23 & 255) - 127; }
 
 float power_of_two(int exponent) { return std::ldexp(1.f, exponent); }
 
-int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded, float* dst) {
+int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded,
+                   float* dst) {
   const int64_t k = p.k();
   if (p.a.col_stride == 1) {
     rows.load(p.a.dtype, p.a.at(i, 0), k, dst);
@@ -53,7 +52,9 @@ int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool sca
   return e;
 }
 
-int result_exponent_f32(Dtype weights, int row_exponent) { return row_exponent - kTopF32 + 127 - layout_of(weights).bias; }
+int result_exponent_f32(Dtype weights, int row_exponent) {
+  return row_exponent - kTopF32 + 127 - layout_of(weights).bias;
+}
 
 void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent) {
   const int last = std::clamp(exponent, -126, 127);  // within f32's powers, and the step that may round

@@ -11,7 +11,7 @@ namespace moekern::cpu {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-float element(const Matrix& m, int64_t row, int64_t col);   // any dtype, as f32
+float element(const Matrix& m, int64_t row, int64_t col);         // any dtype, as f32
 float scale_of(const ScaleGrid& grid, int64_t row, int64_t col);  // of the element's block; 1 without a grid
 
 // The exponent of the largest magnitude, floor(log2 |x|), within [-127, 128].
@@ -21,7 +21,8 @@ float power_of_two(int exponent);
 // dst[0 .. k) = row i of a, its scales included on demand, times 2^(top - e) where e, returned, is the
 // exponent of its largest magnitude. A power of two loses nothing, and activations of any size come
 // to the same place in f32's range. The pad up to k_padded is zero.
-int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded, float* dst);
+int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded,
+                   float* dst);
 
 // Where an f32 panel's weights are value * 2^-120 or so (gemm/decode.h), activations of 2^120 bring the
 // products to the middle of f32's range.

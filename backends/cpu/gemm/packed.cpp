@@ -11,8 +11,8 @@
 
 #include "cpu/gemm/driver.h"
 #include "cpu/gemm/operands.h"
-#include "moekern/float_formats.h"
 #include "cpu/parallel.h"
+#include "moekern/float_formats.h"
 
 namespace moekern::cpu {
 namespace {
@@ -40,8 +40,13 @@ Activations allocate(Dtype panel, int64_t first, int64_t rows, int64_t k_blocks)
   const int64_t value_bytes = round_up(rows * k_blocks * kBlock * size_of(panel), 64);
   const int64_t scale_bytes = scaled ? rows * k_blocks * static_cast<int64_t>(sizeof(float)) : 0;
   auto* memory = scratch_of<char>(Slot::shared_a, value_bytes + scale_bytes + rows * static_cast<int64_t>(sizeof(int)));
-  return {panel, memory, scaled ? reinterpret_cast<float*>(memory + value_bytes) : nullptr,
-          reinterpret_cast<int*>(memory + value_bytes + scale_bytes), first, rows, k_blocks};
+  return {panel,
+          memory,
+          scaled ? reinterpret_cast<float*>(memory + value_bytes) : nullptr,
+          reinterpret_cast<int*>(memory + value_bytes + scale_bytes),
+          first,
+          rows,
+          k_blocks};
 }
 
 // One row's scales, `stride` apart, over the power of two of the largest, whose exponent is returned: a

@@ -88,8 +88,8 @@ inline void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, const uint8_
 constexpr int64_t kAhead = AHEAD;
 
 template <Dtype F, int M, int R>
-bool stream_rows(int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after, const float* a, int64_t a_stride,
-                 float* acc, bool first) {
+bool stream_rows(int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after, const float* a,
+                 int64_t a_stride, float* acc, bool first) {
   Special<F> special;
   const int ahead = static_cast<int>((kAhead + kc - 1) / kc + R - 1) / R * R;
   const auto next = [&](int r) { return r + ahead < rows ? w + (r + ahead) * ldw : after + (r + ahead - rows) * ldw; };
@@ -109,8 +109,8 @@ constexpr int rows_in_flight(int m) {
 }
 
 template <Dtype F, int M = kPassRows>
-bool stream_format(int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after,
-                   const float* a, int64_t a_stride, float* acc, bool first) {
+bool stream_format(int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after, const float* a,
+                   int64_t a_stride, float* acc, bool first) {
   if constexpr (M > 1) {
     if (m < M) return stream_format<F, M - 1>(m, rows, kc, w, ldw, after, a, a_stride, acc, first);
   }
@@ -134,8 +134,7 @@ void permute(const float* src, int64_t n, float* dst) {
 }
 
 void reduce(const float* acc, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; ++i)
-    sums[i] = reduce_add(add(load(acc + 2 * i * W), load(acc + (2 * i + 1) * W)));
+  for (int64_t i = 0; i < count; ++i) sums[i] = reduce_add(add(load(acc + 2 * i * W), load(acc + (2 * i + 1) * W)));
 }
 
 constexpr Stream stream_up_to(int max_m) { return {max_m, kPassRows, stream, permute, reduce}; }

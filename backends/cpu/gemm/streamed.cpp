@@ -10,14 +10,14 @@
 
 #include "cpu/gemm/driver.h"
 #include "cpu/gemm/operands.h"
-#include "moekern/float_formats.h"
 #include "cpu/parallel.h"
+#include "moekern/float_formats.h"
 
 namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kMinTaskRows = 8;
-constexpr int kMaxRows = 16;  // no ISA's Stream::max_m is larger
+constexpr int kMaxRows = 16;            // no ISA's Stream::max_m is larger
 constexpr int64_t kPieceFloats = 6144;  // 24 KiB of activations, in an L1 of 32 KiB or more
 
 struct Pieces {
@@ -33,7 +33,8 @@ struct Pieces {
 // weights on their way (stream.h's kAhead, 8 KiB), and no task straddles two rows of scales.
 int64_t task_rows(const GemmIsa& isa, const GemmProblem& p, bool scale_in_a) {
   constexpr int64_t kAccumulatorBytes = 16 << 10;
-  const int64_t a_row = std::min<int64_t>(p.m(), isa.stream->pass_rows) * 2 * isa.lanes * static_cast<int64_t>(sizeof(float));
+  const int64_t a_row =
+      std::min<int64_t>(p.m(), isa.stream->pass_rows) * 2 * isa.lanes * static_cast<int64_t>(sizeof(float));
   int64_t rows = 64;
   while (rows > kMinTaskRows && rows * a_row > kAccumulatorBytes) rows /= 2;
   while (scale_in_a && p.sb.block_rows < p.n() && p.sb.block_rows % rows != 0) rows /= 2;
@@ -43,10 +44,10 @@ int64_t task_rows(const GemmIsa& isa, const GemmProblem& p, bool scale_in_a) {
 struct Shared {
   const GemmIsa& isa;
   const GemmProblem& p;
-  const float* a;      // [m][k_padded], normalised and permuted
+  const float* a;  // [m][k_padded], normalised and permuted
   int exponents[kMaxRows];
   int64_t k_padded;
-  bool scale_in_a;     // scales that vary along k; otherwise they are applied to the sums
+  bool scale_in_a;  // scales that vary along k; otherwise they are applied to the sums
   Pieces pieces;
 };
 
@@ -105,9 +106,10 @@ void run_task(const Shared& s, const ScaledActivations& own, int64_t j0, int64_t
     const uint8_t* next_piece = piece + 1 < s.pieces.count ? w + k + kc : w + cols * p.b.row_stride;
     for (int64_t pass = 0; pass < passes; ++pass) {
       const int64_t i = m * pass / passes, next = m * (pass + 1) / passes;
-      special |= isa.stream->run(p.b.dtype, static_cast<int>(next - i), static_cast<int>(cols), kc, w + k, p.b.row_stride,
-                            pass + 1 < passes ? w + k : next_piece, own.values + (piece * m + i) * s.pieces.size, s.pieces.size, acc + i * cols * 2 * isa.lanes,
-                            piece == 0);
+      special |=
+          isa.stream->run(p.b.dtype, static_cast<int>(next - i), static_cast<int>(cols), kc, w + k, p.b.row_stride,
+                          pass + 1 < passes ? w + k : next_piece, own.values + (piece * m + i) * s.pieces.size,
+                          s.pieces.size, acc + i * cols * 2 * isa.lanes, piece == 0);
     }
   }
   isa.stream->reduce(acc, cols * m, sums);
@@ -144,7 +146,13 @@ void gemm_streamed(const GemmIsa& isa, const GemmProblem& p) {
   static std::atomic<uint64_t> calls{0};
   const uint64_t call = ++calls;
   const int64_t k_padded = round_up(p.k(), kBlock);
-  Shared s{isa, p, nullptr, {}, k_padded, p.sb.values && p.sb.block_cols < p.k(), Pieces(p.m(), p.k(), isa.stream->pass_rows)};
+  Shared s{isa,
+           p,
+           nullptr,
+           {},
+           k_padded,
+           p.sb.values && p.sb.block_cols < p.k(),
+           Pieces(p.m(), p.k(), isa.stream->pass_rows)};
   float* a = scratch_of<float>(Slot::shared_a, (p.m() + 1) * k_padded);
   float* plain = a + p.m() * k_padded;
   const auto prepare = [&](int64_t i) {

@@ -11,8 +11,8 @@ constexpr int kBlock = 128;  // k advances one scale block at a time, in both ke
 
 // Row primitives, shared with quant/. n is free: tails are handled inside, nothing past n is touched.
 struct RowOps {
-  void (*load)(Dtype, const char* src, int64_t n, float* dst);           // exact
-  void (*store)(Dtype, const float* src, int64_t n, char* dst);          // f32, f16, bf16: round to nearest even
+  void (*load)(Dtype, const char* src, int64_t n, float* dst);   // exact
+  void (*store)(Dtype, const float* src, int64_t n, char* dst);  // f32, f16, bf16: round to nearest even
   // Of f32, f16 or bf16: amax[i / block] = max(amax[i / block], |x[i]|); NaN is above infinity and stays.
   void (*amax)(Dtype, const char* x, int64_t n, int64_t block, float* amax);
   void (*scale)(const float* x, float s, int64_t n, float* dst);
@@ -42,21 +42,21 @@ using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, 
                           const float* a, int64_t a_stride, float* acc, bool first);
 
 struct Stream {
-  int max_m;              // more activation rows than this are faster packed
-  int pass_rows;          // activation rows that one pass of `run` takes at most
+  int max_m;      // more activation rows than this are faster packed
+  int pass_rows;  // activation rows that one pass of `run` takes at most
   StreamFn run;
-  void (*permute)(const float* src, int64_t n, float* dst);       // n is a multiple of 4 * lanes
-  void (*reduce)(const float* acc, int64_t count, float* sums);   // count pairs of vectors -> count sums
+  void (*permute)(const float* src, int64_t n, float* dst);      // n is a multiple of 4 * lanes
+  void (*reduce)(const float* acc, int64_t count, float* sums);  // count pairs of vectors -> count sums
 };
 
 struct GemmIsa {
   const RowOps* rows;
-  Dtype panel;            // f32 or bf16
-  int lanes;              // f32 lanes of a vector: k is padded to 4 of them
+  Dtype panel;  // f32 or bf16
+  int lanes;    // f32 lanes of a vector: k is padded to 4 of them
   int mr, nr, kr;
   PackFn pack;
   TileFn tile;
-  const Stream* stream;   // null without one
+  const Stream* stream;  // null without one
 };
 
 }  // namespace moekern::cpu

@@ -4,8 +4,8 @@
 #include <cmath>
 
 #include "cpu/gemm/operands.h"
-#include "moekern/float_formats.h"
 #include "cpu/parallel.h"
+#include "moekern/float_formats.h"
 
 namespace moekern::cpu {
 namespace {
@@ -62,7 +62,8 @@ struct GatedInput {
 
 // Rows [i0, i1) of a row of blocks, columns [j0, j0 + n): twice over, row by row, in the order of memory.
 template <class Input>
-void cast_panel(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t i1, int64_t j0, int64_t n, const Input& input) {
+void cast_panel(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t i1, int64_t j0, int64_t n,
+                const Input& input) {
   const int64_t block = p.scale.block_cols, blocks = ceil_div(n, block);
   float* amax = scratch_of<float>(Slot::own_b, 2 * blocks);
   float* inverse = amax + blocks;
@@ -81,8 +82,8 @@ void cast_panel(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t i1
   }
   for (int64_t i = i0; i < i1; ++i) {
     if (i1 - i0 > 1) row = input.row(i, j0, n);
-    rows.quantize(row.dtype, row.data, inverse, block, bounded, n, p.q.dtype,
-                  reinterpret_cast<uint8_t*>(p.q.at(i, j0)), row.below);
+    rows.quantize(row.dtype, row.data, inverse, block, bounded, n, p.q.dtype, reinterpret_cast<uint8_t*>(p.q.at(i, j0)),
+                  row.below);
   }
 }
 

@@ -50,7 +50,9 @@ inline I32 max_u8(I32 a, I32 b) { return _mm256_max_epu8(a, b); }
 inline I32 min_s8(I32 a, I32 b) { return _mm256_min_epi8(a, b); }
 
 // W bytes, each in the low 8 bits of a lane.
-inline I32 load_u8(const uint8_t* p) { return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline I32 load_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm256_blendv_epi8(otherwise, then, bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
 }
@@ -58,17 +60,14 @@ inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
 inline F32 load_bf16(const uint16_t* p) {
   return as_f32(shl32<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
 }
-inline F32 load_f16(const uint16_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
+inline F32 load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline void store_f16(uint16_t* p, F32 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 // The low 16 bits of every lane, in order.
 inline void store_low16(uint16_t* p, I32 x) {
   const I32 packed = _mm256_packus_epi32(x, x);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
 // The low 8 bits of every lane of four vectors, in order: 4W bytes.
 inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {

@@ -45,7 +45,9 @@ inline I32 max_u8(I32 a, I32 b) { return _mm512_max_epu8(a, b); }
 inline I32 min_s8(I32 a, I32 b) { return _mm512_min_epi8(a, b); }
 
 // W bytes, each in the low 8 bits of a lane.
-inline I32 load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline I32 load_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), otherwise, then);
 }

@@ -31,7 +31,11 @@ inline F32 max(F32 a, F32 b) { return a > b ? a : b; }  // b when either is NaN
 inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 
 inline I32 set1_i32(uint32_t x) { return x; }
-inline I32 load_i32(const void* p) { I32 x; std::memcpy(&x, p, 4); return x; }
+inline I32 load_i32(const void* p) {
+  I32 x;
+  std::memcpy(&x, p, 4);
+  return x;
+}
 inline I32 load_bytes(const uint8_t* p) { return load_i32(p); }
 inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, 4); }
 inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
@@ -52,12 +56,19 @@ template <int S> inline I32 sra16(I32 x) {
 template <class T, class Pick>
 inline I32 each_byte(I32 a, I32 b, Pick pick) {
   I32 out = 0;
-  for (int i = 0; i < 32; i += 8) out |= static_cast<I32>(static_cast<uint8_t>(pick(static_cast<T>(a >> i), static_cast<T>(b >> i)))) << i;
+  for (int i = 0; i < 32; i += 8)
+    out |= static_cast<I32>(static_cast<uint8_t>(pick(static_cast<T>(a >> i), static_cast<T>(b >> i)))) << i;
   return out;
 }
-inline I32 add_i8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int y) { return x + y; }); }
-inline I32 max_u8(I32 a, I32 b) { return each_byte<uint8_t>(a, b, [](int x, int y) { return x > y ? x : y; }); }
-inline I32 min_s8(I32 a, I32 b) { return each_byte<int8_t>(a, b, [](int x, int y) { return x < y ? x : y; }); }
+inline I32 add_i8(I32 a, I32 b) {
+  return each_byte<uint8_t>(a, b, [](int x, int y) { return x + y; });
+}
+inline I32 max_u8(I32 a, I32 b) {
+  return each_byte<uint8_t>(a, b, [](int x, int y) { return x > y ? x : y; });
+}
+inline I32 min_s8(I32 a, I32 b) {
+  return each_byte<int8_t>(a, b, [](int x, int y) { return x < y ? x : y; });
+}
 
 // W bytes, each in the low 8 bits of a lane.
 inline I32 load_u8(const uint8_t* p) { return *p; }
@@ -77,7 +88,9 @@ inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
 }
 inline float reduce_add(F32 x) { return x; }
 inline float reduce_max(F32 x) { return x; }
-inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) { out[0] = load_bytes(rows[0] + offset); }
+inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {
+  out[0] = load_bytes(rows[0] + offset);
+}
 
 }  // namespace
 }  // namespace moekern::cpu
