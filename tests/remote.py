@@ -7,6 +7,7 @@ Build with `cmake --workflow --preset aarch64` (g++-aarch64-linux-gnu, qemu-user
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import signal
 import subprocess
@@ -105,7 +106,9 @@ class Runner:
     def _exchange(self, what: str, request: bytes) -> _Exchange:
         if self.process is None:
             pipe = subprocess.PIPE
-            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe)
+            # Without the sanitizer that may be preloaded here: it would catch the signal of a crash.
+            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
         return _Exchange(self, what, request)
 
     def _verdict(self) -> None:
