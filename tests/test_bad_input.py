@@ -98,7 +98,6 @@ GEMM: dict[str, tuple[str, Callable[[], Any]]] = {
     "b data 1-D": ("b", lambda: gemm(b=(fp8(K), grid(1, 3)))),
     "b other k": ("a", lambda: gemm(b=(fp8(N, K - 1), grid(2, 3)))),
     "b scale grid": ("b", lambda: gemm(b=(fp8(N, K), grid(3, 3)))),
-
     "b meta": ("b", lambda: gemm(b=(fp8(N, K).to("meta"), grid(2, 3).to("meta")))),
     "c a number": ("c", lambda: gemm(c=1.0)),
     "c shape": ("c", lambda: gemm(c=torch.zeros(N, M))),
@@ -133,7 +132,10 @@ GEMM: dict[str, tuple[str, Callable[[], Any]]] = {
     "out_dtype int": ("out_dtype", lambda: gemm(out_dtype=torch.int32)),
     "out_dtype a string": ("out_dtype", lambda: gemm(out_dtype="bf16")),
     "out_dtype a list": ("out_dtype", lambda: gemm(out_dtype=[])),
-    **{f"out overlaps {name}": ("out", lambda name=name: gemm_into_its_operand(name)) for name in ("a", "b", "b.scale", "bias", "c")},
+    **{
+        f"out overlaps {name}": ("out", lambda name=name: gemm_into_its_operand(name))
+        for name in ("a", "b", "b.scale", "bias", "c")
+    },
 }
 
 
@@ -198,11 +200,19 @@ CAST: dict[str, tuple[str, Callable[[], Any]]] = {
     "out scale expanded": ("out", lambda: cast_out(scale=grid(1, 3).expand(M, 3))),
     "out scale one column expanded": (
         "out",
-        lambda: moekern.per_token_cast_to_fp8(torch.zeros(M, 8), out=ScaledTensor(fp8(M, 8), grid(1, 1).expand(M, 1), (1, 128))),
+        lambda: moekern.per_token_cast_to_fp8(
+            torch.zeros(M, 8), out=ScaledTensor(fp8(M, 8), grid(1, 1).expand(M, 1), (1, 128))
+        ),
     ),
     "out meta": ("out", lambda: cast_out(data=fp8(M, K).to("meta"), scale=grid(M, 3).to("meta"))),
-    "out overlaps x": ("out", lambda: cast(x=(x := torch.zeros(M, K)), out=ScaledTensor(x.view(FP8)[:, :K], grid(M, 3), (1, 128)))),
-    "out scale overlaps x": ("out", lambda: cast(x=(x := torch.zeros(M, K)), out=ScaledTensor(fp8(M, K), x[:, :3], (1, 128)))),
+    "out overlaps x": (
+        "out",
+        lambda: cast(x=(x := torch.zeros(M, K)), out=ScaledTensor(x.view(FP8)[:, :K], grid(M, 3), (1, 128))),
+    ),
+    "out scale overlaps x": (
+        "out",
+        lambda: cast(x=(x := torch.zeros(M, K)), out=ScaledTensor(fp8(M, K), x[:, :3], (1, 128))),
+    ),
 }
 
 DEQUANTIZE: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -216,7 +226,10 @@ DEQUANTIZE: dict[str, tuple[str, Callable[[], Any]]] = {
     "out expanded": ("out", lambda: moekern.dequantize(weights(), torch.zeros(1, K).expand(N, K))),
     "out against out_dtype": ("out", lambda: moekern.dequantize(weights(), torch.zeros(N, K), torch.bfloat16)),
     "out_dtype int": ("out_dtype", lambda: moekern.dequantize(weights(), out_dtype=torch.int8)),
-    "out overlaps x": ("out", lambda: moekern.dequantize(ScaledTensor((x := torch.zeros(N, K)).view(FP8)[:, :K], grid(2, 3)), x)),
+    "out overlaps x": (
+        "out",
+        lambda: moekern.dequantize(ScaledTensor((x := torch.zeros(N, K)).view(FP8)[:, :K], grid(2, 3)), x),
+    ),
 }
 
 TABLE = [
@@ -232,7 +245,9 @@ def test_refused_with_the_argument_named(argument: str, call: Callable[[], Any])
         call()
     before, _, rest = str(caught.value).partition(": ")
     said = rest if before in {op.name for op in OPS} else str(caught.value)
-    assert said.replace(".", " ").split()[0] == argument, f"the message does not begin with {argument!r}: {caught.value}"
+    assert said.replace(".", " ").split()[0] == argument, (
+        f"the message does not begin with {argument!r}: {caught.value}"
+    )
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

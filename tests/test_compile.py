@@ -130,7 +130,17 @@ def test_opcheck_gemm(activations: str) -> None:
         a, sa = moekern.per_token_cast_to_fp8(x)
         args = (a, sa, [1, 128], q, s, [128, 128], None, rand(N), torch.float32)
     else:
-        args = (x.requires_grad_(activations.endswith("gradient")), None, [1, 1], q, s, [128, 128], rand(5, N), None, None)
+        args = (
+            x.requires_grad_(activations.endswith("gradient")),
+            None,
+            [1, 1],
+            q,
+            s,
+            [128, 128],
+            rand(5, N),
+            None,
+            None,
+        )
     torch.library.opcheck(torch.ops.moekern.fp8_gemm_nt.default, args, test_utils=CHECKS)
 
 
@@ -140,7 +150,9 @@ def test_opcheck_casts() -> None:
         op = getattr(torch.ops.moekern, f"{name}_cast_to_fp8").default
         torch.library.opcheck(op, (x, "e4m3fn", False), test_utils=CHECKS[1:])
     q, s = weights()
-    torch.library.opcheck(torch.ops.moekern.dequantize.default, (q, s, [128, 128], torch.bfloat16), test_utils=CHECKS[1:])
+    torch.library.opcheck(
+        torch.ops.moekern.dequantize.default, (q, s, [128, 128], torch.bfloat16), test_utils=CHECKS[1:]
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -17,7 +17,11 @@ from moekern.testing import cases
 from moekern.testing.cases import Gemm
 
 # Enough work for five threads, few enough rows for every kernel; and tasks that do not divide evenly.
-THREADED = (Gemm(1, 2100, 640), Gemm(3, 1030, 777, a="e4m3fn", out="f32"), Gemm(16, 530, 1160, a="f32", block_b=(1, 128)))
+THREADED = (
+    Gemm(1, 2100, 640),
+    Gemm(3, 1030, 777, a="e4m3fn", out="f32"),
+    Gemm(16, 530, 1160, a="f32", block_b=(1, 128)),
+)
 CASTS = (
     moekern.per_token_cast_to_fp8,
     moekern.per_block_cast_to_fp8,
@@ -127,7 +131,11 @@ def rounding_up() -> Iterator[None]:
 @pytest.mark.parametrize("m", [1, 20])
 def test_gemm_in_any_float_mode(executor: executors.Executor, m: int, mode: object) -> None:
     """FP8 subnormals, results below f32's normal range, and halves that round up only when asked to."""
-    for case in (Gemm(m, 130, 300, a="f32", values="codes"), Gemm(m, 130, 300, a="f32", values="tiny"), Gemm(m, 900, 700)):
+    for case in (
+        Gemm(m, 130, 300, a="f32", values="codes"),
+        Gemm(m, 130, 300, a="f32", values="tiny"),
+        Gemm(m, 900, 700),
+    ):
         operands = cases.gemm_operands(case)
         with moekern.use(num_threads=2):
             expected = executor(operands.a, operands.b)
@@ -139,7 +147,9 @@ def test_gemm_in_any_float_mode(executor: executors.Executor, m: int, mode: obje
 @pytest.mark.parametrize("mode", [flushing_denormals, rounding_up])
 @executors.of(*CASTS)
 def test_cast_in_any_float_mode(executor: executors.Executor, mode: object) -> None:
-    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 1e-4, 1e-38, 1e-42]).repeat(150)
+    x = torch.randn(40, 600, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1.0, 1e-4, 1e-38, 1e-42]
+    ).repeat(150)
     q, scale = executor(x)
     with mode():  # type: ignore[operator]
         got, got_scale = executor(x)

@@ -153,7 +153,9 @@ def test_use_is_undone() -> None:
 def test_use_is_process_wide_without_with() -> None:
     before = moekern.use(kernel="fp8_gemm_nt=cpu.scalar")
     try:
-        assert moekern.explain(moekern.fp8_gemm_nt, torch.randn(3, 200), weights()).splitlines()[0].endswith("cpu.scalar")
+        assert (
+            moekern.explain(moekern.fp8_gemm_nt, torch.randn(3, 200), weights()).splitlines()[0].endswith("cpu.scalar")
+        )
     finally:
         before.__exit__(None, None, None)
     assert dispatcher.policy.forced("fp8_gemm_nt") is None
@@ -180,15 +182,18 @@ def test_use_refuses(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_forced_backend_that_is_not_there_raises() -> None:
-    with moekern.use(backend="cuda"), pytest.raises(NotSupported, match="backend cuda is forced, but the operands are on cpu"):
+    with (
+        moekern.use(backend="cuda"),
+        pytest.raises(NotSupported, match="backend cuda is forced, but the operands are on cpu"),
+    ):
         moekern.fp8_gemm_nt(torch.randn(3, 200), weights())
 
 
 def test_a_forced_kernel_without_its_features_raises() -> None:
     op, kernel = moekern.fp8_gemm_nt, next(k for k in moekern.fp8_gemm_nt.kernels if k.needs)
-    with moekern.use(kernel={op.name: kernel.name}):
-        with pytest.raises(NotSupported, match=f"forced kernel {kernel.name} needs {', '.join(sorted(kernel.needs))}"):
-            op.candidates(BARE)
+    reason = f"forced kernel {kernel.name} needs {', '.join(sorted(kernel.needs))}"
+    with moekern.use(kernel={op.name: kernel.name}), pytest.raises(NotSupported, match=reason):
+        op.candidates(BARE)
 
 
 def test_a_forced_kernel_that_refuses_raises() -> None:
@@ -206,8 +211,10 @@ def test_batch_invariance_leaves_out_kernels_for_few_rows() -> None:
 
 # ---- the environment ---------------------------------------------------------------------------------
 
-CHOSEN = "import torch, moekern; print(moekern.explain(moekern.dequantize, ({}, torch.ones(1, 1))).splitlines()[0])".format(
-    "torch.zeros(2, 2).to(torch.float8_e4m3fn)"
+CHOSEN = (
+    "import torch, moekern; print(moekern.explain(moekern.dequantize, ({}, torch.ones(1, 1))).splitlines()[0])".format(
+        "torch.zeros(2, 2).to(torch.float8_e4m3fn)"
+    )
 )
 
 

@@ -33,7 +33,7 @@ def test_what_the_machine_has_must_run(session: dict[str, executors.Executor]) -
 
 
 def test_a_skip_names_the_reason(session: dict[str, executors.Executor]) -> None:
-    with pytest.raises(pytest.skip.Exception, match="cpu.exotic needs exotic"):
+    with pytest.raises(pytest.skip.Exception, match=r"cpu\.exotic needs exotic"):
         session["cpu.exotic"]()
     assert not executors.ran
 

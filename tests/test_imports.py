@@ -71,7 +71,9 @@ def test_specs_import_no_backend() -> None:
 def test_op_and_scaled_stand_alone() -> None:
     """Everything else builds on these two."""
     for path, allowed in (("op.py", {"moekern.scaled"}), ("scaled.py", set())):
-        ours = {name.rsplit(".", 1)[0] for name in imports(ROOT / "python/moekern" / path) if name.startswith("moekern")}
+        ours = {
+            name.rsplit(".", 1)[0] for name in imports(ROOT / "python/moekern" / path) if name.startswith("moekern")
+        }
         assert ours <= allowed, path
 
 
@@ -131,7 +133,13 @@ def test_csrc_compiles_without_any_backend(tmp_path: Path) -> None:
     (tmp_path / "moekern").mkdir()
     (tmp_path / "moekern" / "backends.inc").write_text("")
     folders = [ROOT / "csrc", tmp_path, pybind11.get_include(), sysconfig.get_paths()["include"]]
-    command = [compiler, "-std=c++17", "-fsyntax-only", *(f"-I{folder}" for folder in folders), str(ROOT / "csrc/bindings.cpp")]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-fsyntax-only",
+        *(f"-I{folder}" for folder in folders),
+        str(ROOT / "csrc/bindings.cpp"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[:2000]
 

@@ -95,11 +95,17 @@ def test_isa_objects_share_no_code() -> None:
         assert not weak, f"{path.name} defines or takes weak symbols: {weak[:5]}"
         assert not (functions := [name for kind, name in defined if kind == "T"]), f"{path.name}: {functions[:5]}"
         tables = [name for kind, name in defined if kind in "DBRGS"]
-        assert tables and all(re.fullmatch(rf"moekern::cpu::k_(\w+_)?{isa}", name) for name in tables), f"{path.name}: {tables}"
+        assert tables and all(re.fullmatch(rf"moekern::cpu::k_(\w+_)?{isa}", name) for name in tables), (
+            f"{path.name}: {tables}"
+        )
 
 
 def test_the_build_is_the_one_imported() -> None:
     """What was looked at is what runs: every kernel that _C lists has its object."""
     isas = {isa_of(path) or "scalar" for path in objects()}
-    names = {kernel.name.removeprefix("cpu.").removesuffix("_stream") for kernel in moekern.fp8_gemm_nt.kernels if kernel.kind == "cpu"}
+    names = {
+        kernel.name.removeprefix("cpu.").removesuffix("_stream")
+        for kernel in moekern.fp8_gemm_nt.kernels
+        if kernel.kind == "cpu"
+    }
     assert names <= isas

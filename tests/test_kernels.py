@@ -102,7 +102,9 @@ def check_silu_mul(x: torch.Tensor, out: ScaledTensor, case: cases.Cast) -> None
     spread = scale.repeat_interleave(out.block[1], 1)[:, : y.shape[1]]
     finite = y.isfinite() & spread.isfinite()
     q = out.data.double()
-    assert torch.equal(q.isnan(), (y / spread).isnan() | (y * (1 / spread)).isnan()), "NaN where none is due, or none where one is"
+    assert torch.equal(q.isnan(), (y / spread).isnan() | (y * (1 / spread)).isnan()), (
+        "NaN where none is due, or none where one is"
+    )
     scaled = (y / spread).clamp(-MAX[case.format], MAX[case.format])
     error = (q - scaled).abs()
     allowed = half_ulp(scaled, out.data.dtype) + scaled.abs() * slack

@@ -70,7 +70,9 @@ def test_bound_sees_one_element_of_many() -> None:
     """One element off by a thousandth of its terms, which no cosine or global norm would show."""
     out, oracle = problem(Gemm(100, 200, 300, a="f32"))
     out[57, 123] += 1e-3 * oracle.magnitude[57, 123]
-    with pytest.raises(AssertionError, match=r"element \[57, 123\] is outside the error bound: .* allowed error .*1 of 20000"):
+    with pytest.raises(
+        AssertionError, match=r"element \[57, 123\] is outside the error bound: .* allowed error .*1 of 20000"
+    ):
         check_bound(out, oracle)
 
 
@@ -120,7 +122,9 @@ def test_rms_sees_a_coarser_accumulator() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_half_ulp_is_the_error_of_rounding(dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(10000, generator=g, dtype=torch.float64) * torch.exp2(torch.randint(-30, 15, (10000,), generator=g).double())
+    x = torch.randn(10000, generator=g, dtype=torch.float64) * torch.exp2(
+        torch.randint(-30, 15, (10000,), generator=g).double()
+    )
     error = (x.to(torch.float32).to(dtype).double() - x).abs()
     limit = half_ulp(x, dtype)
     assert (error <= limit * (1 + 2**-10)).all() and (error > limit * 0.99).any()

@@ -22,7 +22,13 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /p
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 
 # Streamed and packed, threaded and not, so that callers meet in different code.
-MIX = (Gemm(1, 1500, 700), Gemm(2, 33, 65), Gemm(9, 700, 1300, a="e4m3fn"), Gemm(40, 300, 500), Gemm(130, 260, 300, a="e4m3fn"))
+MIX = (
+    Gemm(1, 1500, 700),
+    Gemm(2, 33, 65),
+    Gemm(9, 700, 1300, a="e4m3fn"),
+    Gemm(40, 300, 500),
+    Gemm(130, 260, 300, a="e4m3fn"),
+)
 
 
 def script(body: str, timeout: float = 60) -> str:

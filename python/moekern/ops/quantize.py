@@ -51,7 +51,9 @@ def round_to_fp8(y: torch.Tensor, format: str) -> torch.Tensor:
 
 
 def _prepare_block(name: str, block: tuple[int, int], gated: bool = False) -> Any:
-    def prepare(x: Any, format: str = "e4m3fn", round_scale_up: bool = False, out: ScaledTensor | None = None) -> tuple[Any, ...]:
+    def prepare(
+        x: Any, format: str = "e4m3fn", round_scale_up: bool = False, out: ScaledTensor | None = None
+    ) -> tuple[Any, ...]:
         if not isinstance(round_scale_up, bool):
             raise TypeError(f"{name}: round_scale_up is {round_scale_up!r}; it is True or False")
         x, out = _C.prepare_cast(name, as_tensor(x, f"{name}: x"), out, format, *block, gated)
@@ -118,9 +120,7 @@ def _prepare_dequantize(
 
 
 @op(prepare=_prepare_dequantize)
-def dequantize(
-    x: ScaledTensor, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> torch.Tensor:
+def dequantize(x: ScaledTensor, out: torch.Tensor | None = None, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """D = cast(q * s), the product rounded to float32 and then to `out_dtype` (float32 by default).
 
     x: a ScaledTensor or (data, scale), [M, K]. out: [M, K] float32, float16 or bfloat16.

@@ -75,7 +75,9 @@ class Dequantize:
 def _name(case: object, head: str) -> str:
     """`head`, and every later field that differs from its default."""
     fields = type(case).__dataclass_fields__  # type: ignore[attr-defined]
-    shown = {"op", "m", "n", "k", "a", "b", "rows", "cols", "x", "format"} | ({"out"} if isinstance(case, Dequantize) else set())
+    shown = {"op", "m", "n", "k", "a", "b", "rows", "cols", "x", "format"} | (
+        {"out"} if isinstance(case, Dequantize) else set()
+    )
     tail = [
         f"{name}={value}".replace(" ", "")
         for name, field in fields.items()
@@ -327,7 +329,18 @@ def _gemm() -> Iterator[Gemm]:
         yield Gemm(m, 97, 300, a="e4m3fn")
     # Edges of n and k: around vectors, strips, tasks and scale blocks. 576 is DeepSeek-V3's kv_a_proj
     # and SmolLM2's hidden size: four and a half blocks.
-    for n, k in ((1, 1), (3, 31), (31, 3), (33, 127), (127, 129), (129, 128), (128, 33), (2, 300), (520, 17), (64, 256)):
+    for n, k in (
+        (1, 1),
+        (3, 31),
+        (31, 3),
+        (33, 127),
+        (127, 129),
+        (129, 128),
+        (128, 33),
+        (2, 300),
+        (520, 17),
+        (64, 256),
+    ):
         for m in (1, 3, 19):
             yield Gemm(m, n, k)
         yield Gemm(2, n, k, a="e4m3fn", out="f32")

@@ -69,7 +69,9 @@ def gemm_oracle(
     n = (k + blocks + 3) * _U32
     rounding = product * (n / (1 - n)) + 2 * _U32 * (product + addends)
     largest = left.nan_to_num().amax(1, keepdim=True) if k else left.new_zeros(left.shape[0], 1)
-    decode = b.scale.to(torch.float32).to(torch.float64).abs().nan_to_num().amax().clamp(min=1.0) if b.scale.numel() else 1.0
+    decode = (
+        b.scale.to(torch.float32).to(torch.float64).abs().nan_to_num().amax().clamp(min=1.0) if b.scale.numel() else 1.0
+    )
     underflow = (k + blocks + 3) * _SMALLEST_F32 / 2 * (1 + largest * decode)
     return GemmOracle(reference, product + addends, rounding, underflow, plain_gemm(a, b, c, bias))
 
