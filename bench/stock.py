@@ -44,8 +44,8 @@ class _Pool:
 class Copies(Generic[T]):
     """Operands of one shape in a pool. `next` goes round the pool, at one place for all shapes that lie in it.
 
-    So all of the pool but two operands' length has passed by before any byte is handed out again,
-    whoever asked for what in between.
+    To reach an operand of its own grid it skips less than that operand's length: at least half of the
+    pool, but for an operand at its end, is handed out before any byte comes round again.
     """
 
     def __init__(self, pool: _Pool, step: int, items: list[T]) -> None:
@@ -67,7 +67,7 @@ class Stock:
 
     def __init__(self, cold: int, largest: int) -> None:
         self.cold = cold
-        self.numel = cold + 2 * _round_up(largest, PAGE)
+        self.numel = 2 * cold + 2 * _round_up(largest, PAGE)
         self._gaussian = torch.randn(PATTERN)
         # Quantised like weights, not random bytes: those would be subnormal or huge far too often.
         self.fp8 = _Pool(per_token_cast_to_fp8(self._gaussian).data, self.numel)
