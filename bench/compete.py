@@ -137,7 +137,7 @@ def compete(
     for problem in problems:
         for kernel, selected in kernels_of(problem, pattern):
             name = f"{problem.activations} {kernel.name}"
-            call = problem.arguments(0)
+            call = problem.example
             try:
                 with moekern.use(kernel={problem.op.name: kernel.name}):
                     problem.check(problem.op(**call), call)
@@ -149,7 +149,7 @@ def compete(
     if not entries:
         return []
     limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copying=problems[0].moves == "copy")
-    known = checked_peers(peers, problems[0].arguments(0), notes, f"m={problems[0].shape['m']} of {linear}")
+    known = checked_peers(peers, problems[0].example, notes, f"m={problems[0].shape['m']} of {linear}")
     contenders = [
         Contender(name, problem.call, partial(moekern.use, kernel={problem.op.name: kernel.name}))
         for name, problem, kernel, _ in entries

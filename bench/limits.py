@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 from measure import Contender, Samples
-from stock import Stock
+from stock import Copies, Stock
 
 import moekern
 from moekern import _C, Kernel
@@ -47,18 +47,16 @@ class Limits:
             if kernel.needs not in rows:
                 raise LookupError(f"no multiply-add limit for {kernel.name} (needs {sorted(kernel.needs)})")
         best = next(loops for needs, loops in rows.items() if needs <= features)
-        chunks = stock.fp8.copies(1, READ_BYTES, stock.numel)
+        chunks = stock.fp8.copies(1, READ_BYTES)
         self._amount: dict[str, int] = {}
         self._reads = [f"limit read {i}" for i, _ in enumerate(best[1])]
         self.contenders = [
-            Contender(name, partial(_in_turn, read, chunks)) for name, read in zip(self._reads, best[1], strict=True)
+            Contender(name, partial(_read_next, read, chunks)) for name, read in zip(self._reads, best[1], strict=True)
         ]
         if copying:
             out = stock.outputs(1, READ_BYTES, torch.float8_e4m3fn)
             self._amount["copy"] = 2 * READ_BYTES
-            self.contenders.append(
-                Contender("limit copy", lambda turn: best[2](chunks[turn % len(chunks)], out[turn % len(out)]))
-            )
+            self.contenders.append(Contender("limit copy", lambda turn: best[2](chunks.next(), out.next())))
         for needs in dict.fromkeys(self._needs.values()):
             add = rows[needs][0]
             self._amount[_fma(needs)] = add()
@@ -76,8 +74,8 @@ def _fma(needs: frozenset[str]) -> str:
     return f"fma {'+'.join(sorted(needs)) or 'scalar'}"
 
 
-def _in_turn(read: Callable[[torch.Tensor], None], chunks: list[torch.Tensor], turn: int) -> None:
-    read(chunks[turn % len(chunks)])
+def _read_next(read: Callable[[torch.Tensor], None], chunks: Copies[torch.Tensor], turn: int) -> None:
+    read(chunks.next())
 
 
 def _ignore_turn(call: Callable[[], object]) -> Callable[[int], object]:

@@ -60,10 +60,10 @@ def interference(stock: Stock, rounds: int) -> dict[str, tuple[Samples, Samples]
     """
     m, n, k, side = 4, 2112, 7168, 768
     weights, x, out = stock.weights(n, k), torch.randn(m, k).bfloat16(), torch.empty(m, n, dtype=torch.bfloat16)
-    dense = [matrix.float() for matrix in stock.activations(side, side)[: stock.cold // (4 * side * side)]]
+    dense = [matrix.float() for matrix in stock.activations(side, side).items[: stock.cold // (4 * side * side)]]
     product = torch.empty(side, side)
     calls: dict[str, Callable[[int], object]] = {
-        f"fp8_gemm_nt {m}x{n}x{k}": lambda turn: fp8_gemm_nt(x, weights[turn % len(weights)], out=out),
+        f"fp8_gemm_nt {m}x{n}x{k}": lambda turn: fp8_gemm_nt(x, weights.next(), out=out),
         f"torch.mm f32 {side}x{side}x{side}": lambda turn: torch.mm(
             dense[turn % len(dense)], dense[(turn + 1) % len(dense)], out=product
         ),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stock import Stock
+from stock import Copies, Stock
 
 import moekern
 from moekern import Op, ScaledTensor, fp8_gemm_nt, per_token_cast_to_fp8
@@ -28,14 +28,15 @@ class Problem:
     flops: int
     bytes: int  # every operand read once and the result written once
     moves: str  # which rate limits the bytes: "read", or "copy" where as much is written as read
-    arguments: Callable[[int], dict[str, Any]]  # of one call, for the turn
+    example: dict[str, Any]  # arguments of one call, on the first copies
+    arguments: Callable[[], dict[str, Any]]  # of a call, on the next copies
     check: Callable[[Any, dict[str, Any]], None]  # raises AssertionError
 
     def call(self, turn: int) -> Any:
-        return self.op(**self.arguments(turn))
+        return self.op(**self.arguments())
 
     def prepared(self) -> tuple[Any, ...]:
-        return self.op.prepare(**self.arguments(0))
+        return self.op.prepare(**self.example)
 
 
 def _nbytes(*operands: torch.Tensor | ScaledTensor) -> int:
@@ -74,9 +75,10 @@ def sampled_error(out: torch.Tensor, call: dict[str, Any]) -> float:
     return ((got.double() - oracle.reference).square().mean() / oracle.reference.square().mean()).sqrt().item()
 
 
-def gemm(weights: list[ScaledTensor], m: int, activations: str) -> Problem:
+def gemm(weights: Copies[ScaledTensor], m: int, activations: str) -> Problem:
     """D = A B^T: the weights come from DRAM, activations and output are where the layer before and after keep them."""
-    n, k = weights[0].shape
+    first = weights.items[0]
+    n, k = first.shape
     a: Any = torch.randn(m, k).bfloat16()
     if activations == "fp8":
         a = per_token_cast_to_fp8(a)
@@ -86,16 +88,17 @@ def gemm(weights: list[ScaledTensor], m: int, activations: str) -> Problem:
         shape={"m": m, "n": n, "k": k},
         activations=activations,
         flops=2 * m * n * k,
-        bytes=_nbytes(a, weights[0], out),
+        bytes=_nbytes(a, first, out),
         moves="read",
-        arguments=lambda turn: {"a": a, "b": weights[turn % len(weights)], "out": out},
+        example={"a": a, "b": first, "out": out},
+        arguments=lambda: {"a": a, "b": weights.next(), "out": out},
         check=_check_gemm,
     )
 
 
 def plain_activations(problem: Problem) -> torch.Tensor:
     """A GEMM's activations as f32, for peers."""
-    a = problem.arguments(0)["a"]
+    a = problem.example["a"]
     return a.float() if isinstance(a, torch.Tensor) else moekern.dequantize(a)
 
 
@@ -136,18 +139,17 @@ def cast(op: Op, stock: Stock, rows: int, cols: int) -> Problem:
     x = stock.activations(rows, 2 * cols if op.name == "silu_mul_cast_to_fp8" else cols)
     block = BLOCKS[op.name]
     grid = (-(-rows // block[0]), -(-cols // block[1]))
-    out = [
-        ScaledTensor(data, torch.zeros(grid), block)
-        for data in stock.outputs(rows, cols, torch.float8_e4m3fn)[: max(len(x), 2)]
-    ]
+    data = stock.outputs(rows, cols, torch.float8_e4m3fn)
+    out = Copies(data.pool, data.step, [ScaledTensor(item, torch.zeros(grid), block) for item in data.items])
     return Problem(
         op=op,
         shape={"m": rows, "n": cols},
         activations="bf16",
         flops=0,
-        bytes=_nbytes(x[0], out[0]),
+        bytes=_nbytes(x.items[0], out.items[0]),
         moves="copy",
-        arguments=lambda turn: {"x": x[turn % len(x)], "out": out[turn % len(out)]},
+        example={"x": x.items[0], "out": out.items[0]},
+        arguments=lambda: {"x": x.next(), "out": out.next()},
         check=_check_cast(op),
     )
 
@@ -167,8 +169,9 @@ def dequantize(stock: Stock, rows: int, cols: int) -> Problem:
         shape={"m": rows, "n": cols},
         activations="fp8",
         flops=0,
-        bytes=_nbytes(x[0], out[0]),
+        bytes=_nbytes(x.items[0], out.items[0]),
         moves="copy",
-        arguments=lambda turn: {"x": x[turn % len(x)], "out": out[turn % len(out)]},
+        example={"x": x.items[0], "out": out.items[0]},
+        arguments=lambda: {"x": x.next(), "out": out.next()},
         check=check,
     )

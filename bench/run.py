@@ -97,7 +97,7 @@ class Bench:
         if op == "fp8_gemm_nt":
             weights = self.stock.weights(linear.n, linear.k)
             memory = machine.memory_budget()
-            made = compete.make_peers(peers, weights[0], self.stock.cold, memory, self.notes, linear.name)
+            made = compete.make_peers(peers, weights.items[0], self.stock.cold, memory, self.notes, linear.name)
         for m in rows:
             progress.update(task, description=f"{op} {linear.name} M={m}", refresh=True)
             if op == "fp8_gemm_nt":

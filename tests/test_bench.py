@@ -88,15 +88,25 @@ def test_a_wrong_result_gets_no_time() -> None:
     assert len(notes) == 1 and "WRONG RESULT" in notes[0] and "cpu.scalar" in notes[0]
 
 
-def test_cold_operands_are_distinct_and_fill_the_pool() -> None:
+def test_operands_come_round_only_after_the_whole_pool() -> None:
     from stock import Stock
 
     stock = Stock(cold=1 << 20, largest=1000)
-    weights = stock.weights(100, 10)
-    starts = sorted(w.data.data_ptr() for w in weights)
+    small, large = stock.weights(100, 10), stock.weights(128, 128)
+    starts = sorted(w.data.data_ptr() for w in small.items)
     assert all(b - a >= 100 * 10 for a, b in itertools.pairwise(starts))
-    assert starts[-1] - starts[0] >= (1 << 20) - 2 * 4096
-    assert not torch.equal(weights[0].data.view(torch.uint8), weights[1].data.view(torch.uint8))
+    passed: dict[int, int] = {}  # page of the pool -> bytes handed out before it
+    total = 0
+    for turn in range(400):  # two shapes by turns, many times round
+        data = (small if turn % 3 else large).next().data
+        start = data.data_ptr() - stock.fp8.flat.data_ptr()
+        pages = range(start // 4096, -(-(start + data.numel()) // 4096))
+        for page in pages:
+            assert total - passed.get(page, -(1 << 30)) >= (1 << 20) - 2 * 128 * 128, turn
+            passed[page] = total
+        total += 4096 * len(pages)
+    assert total > 3 << 20
+    assert not torch.equal(small.items[0].data.view(torch.uint8), small.items[1].data.view(torch.uint8))
 
 
 @pytest.mark.parametrize(
