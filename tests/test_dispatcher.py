@@ -107,7 +107,7 @@ def test_a_kernel_added_later_is_seen() -> None:
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_op_runs_on_every_cpu(op: Op) -> None:
     """Pretend devices: a CPU without any feature has a kernel, and every feature brings better ones first."""
-    bare, full = [k.name for k in op.candidates(BARE)], [k.name for k in op.candidates(FULL)]
+    bare, full = [k.name for k in op.candidates(BARE, Policy())], [k.name for k in op.candidates(FULL, Policy())]
     assert bare and set(bare) <= set(full)
     assert full == [k.name for k in op.kernels if k.kind == "cpu"]
     assert len({k.name for k in op.kernels}) == len(op.kernels)
@@ -193,7 +193,7 @@ def test_a_forced_kernel_without_its_features_raises() -> None:
     op, kernel = moekern.fp8_gemm_nt, next(k for k in moekern.fp8_gemm_nt.kernels if k.needs)
     reason = f"forced kernel {kernel.name} needs {', '.join(sorted(kernel.needs))}"
     with moekern.use(kernel={op.name: kernel.name}), pytest.raises(NotSupported, match=reason):
-        op.candidates(BARE)
+        op.candidates(BARE, dispatcher.policy)
 
 
 def test_a_forced_kernel_that_refuses_raises() -> None:

@@ -139,5 +139,9 @@ def register() -> None:
         (ops.silu_mul_cast_to_fp8, (1, BLOCK), True),
     ):
         op.traced = _define_cast(op, block, gated)
-    _define("dequantize(Tensor data, Tensor scale, int[] block, ScalarType? out_dtype) -> Tensor", _dequantize, _dequantize_fake)
+    _define(
+        "dequantize(Tensor data, Tensor scale, int[] block, ScalarType? out_dtype) -> Tensor",
+        _dequantize,
+        _dequantize_fake,
+    )
     ops.dequantize.traced = _trace_dequantize

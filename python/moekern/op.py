@@ -75,16 +75,7 @@ class Policy:
         return dict(self.kernels).get(op)
 
 
-policy = Policy()
-_ops: list[Op] = []
-
-
-def set_policy(wanted: Policy) -> None:
-    """Replace the process-wide policy; every Op chooses anew."""
-    global policy
-    policy = wanted
-    for op in _ops:
-        op.forget()
+policy = Policy()  # replaced as a whole by moekern.use
 
 
 class Op:
@@ -103,11 +94,10 @@ class Op:
         self.params = tuple(inspect.signature(spec).parameters)
         self.kernels: list[Kernel] = []
         self.output_index = self.params.index(output)
-        self._usable: dict[torch.device, list[Kernel]] = {}  # candidates by the output's device
-        _ops.append(self)
+        self._usable: dict[torch.device, tuple[Policy, list[Kernel]]] = {}  # candidates, by the output's device
 
     def _untraceable(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotSupported(f"{self.name} has no torch.library form: it takes plain tensors without gradients, uncompiled")
+        raise NotSupported(f"{self.name} has no torch.library form: plain tensors, no gradients, no compiler")
 
     def add(self, kernel: Kernel) -> None:
         """Append a kernel: worse than those before it, better than those after."""
@@ -120,13 +110,9 @@ class Op:
         if any(k.name == kernel.name for k in self.kernels):
             raise ValueError(f"{self.name} already has a kernel named {kernel.name}")
         self.kernels.append(kernel)
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was chosen: kernels or the policy have changed."""
         self._usable.clear()
 
-    def candidates(self, device: Device) -> list[Kernel]:
+    def candidates(self, device: Device, policy: Policy) -> list[Kernel]:
         """The kernels that this device and the policy allow, best first."""
         if forced := policy.forced(self.name):
             found = [k for k in self.kernels if k.name == forced]
@@ -140,19 +126,19 @@ class Op:
             if policy.batch_invariant:
                 found = [k for k in found if not k.for_few_rows]
         if policy.backend not in (None, device.kind):
-            raise NotSupported(f"{self.name}: backend {policy.backend} is forced, but the operands are on {device.kind}")
+            raise NotSupported(f"{self.name}: backend {policy.backend} is forced; the operands are on {device.kind}")
         log.debug("%s on %s: %s", self.name, device.arch, [k.name for k in found])
         return found
 
     def select(self, device: Device, *call: Any) -> Kernel:
         """The kernel that takes a prepared call on `device`, which need not be this machine's."""
-        if kernel := _first(self.candidates(device), call):
+        if kernel := _first(self.candidates(device, policy), call):
             return kernel
         raise NotSupported(self.explain(device, *call))
 
     def explain(self, device: Device, *args: Any) -> str:
         """Which kernel takes a prepared call, and why each better one does not."""
-        allowed = {k.name for k in self.candidates(device)}
+        allowed = {k.name for k in self.candidates(device, policy)}
         lines, chosen = [], None
         for kernel in self.kernels:
             reason = kernel.why_not(device, *args)
@@ -174,9 +160,10 @@ class Op:
         out = call[self.output_index]
         where = location(out)
         usable = self._usable.get(where)
-        if usable is None:
-            usable = self._usable[where] = self.candidates(device_of(out))
-        if (kernel := _first(usable, call)) is None:
+        if usable is None or usable[0] is not policy:
+            now = policy
+            usable = self._usable[where] = (now, self.candidates(device_of(out), now))
+        if (kernel := _first(usable[1], call)) is None:
             raise NotSupported(self.explain(device_of(out), *call))
         kernel.run(*call)
         return out

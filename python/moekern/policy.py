@@ -51,7 +51,9 @@ class use:
     def __enter__(self) -> use:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _apply(self._before)
 
 
@@ -64,7 +66,7 @@ def explain(op: Op, *args: Any, **kwargs: Any) -> str:
 def _apply(policy: Policy) -> None:
     if policy.num_threads != dispatcher.policy.num_threads:
         runtime.connect(policy.num_threads)
-    dispatcher.set_policy(policy)
+    dispatcher.policy = policy
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:

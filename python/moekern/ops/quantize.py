@@ -106,7 +106,7 @@ def silu_mul_cast_to_fp8(
     y[m, i] = x[m, i] / (1 + exp(-x[m, i])) * x[m, I + i]
 
     x: [M, 2 I], the gate half before the up half. The result is [M, I]. silu is within 4 ulp of
-    exact in float32, so a value on a rounding edge may take the neighbouring FP8 code.
+    exact in float32 for gate > -87, so a value on a rounding edge may take the neighbouring FP8 code.
     """
     gate, up = x.to(torch.float64).chunk(2, dim=1)
     return reference_cast((gate * torch.sigmoid(gate) * up).to(torch.float32), (1, BLOCK), format, round_scale_up)
