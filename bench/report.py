@@ -119,7 +119,7 @@ def legend(console: Console, rows: list[Row], absent: dict[str, str]) -> None:
     console.print(f"Limits of this run: {'; '.join(ranges)}", highlight=False)
     if any(max(rates) > SHARED * min(rates) for rates in limits.values()):
         console.print(
-            "[bold red]The limits changed twofold during the run: the machine is shared. Trust shares and ratios, not times."
+            "[bold red]The limits changed twofold in this run: the machine is shared. Trust shares, not times."
         )
     console.print(
         "[dim]A: activations (bf16 = W8A16, fp8 = W8A8). ±: median distance from the median. of limit: least time by "
