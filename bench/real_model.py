@@ -6,8 +6,10 @@ transformers dequantises. Its hidden size, 576, is 4.5 blocks of 128, so every s
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import io
 import os
 from collections.abc import Callable
 from functools import partial
@@ -71,7 +73,6 @@ def load() -> tuple[nn.Module, torch.Tensor, str]:
     if reason := missing():
         raise Missing(reason)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -81,7 +82,8 @@ def load() -> tuple[nn.Module, torch.Tensor, str]:
     folder = Path(spec.origin).parent
     file = next(folder.glob("*.gguf")).name
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     tokens = tokenizer(PAGE.read_text(), return_tensors="pt").input_ids
     prompt = "The capital of France is"
     word = tokenizer.decode(model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1].argmax())

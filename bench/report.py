@@ -51,7 +51,7 @@ def _ratio(ratio: float) -> Text:
     return Text(f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.0f}x", style="" if ratio >= 1 else "red")
 
 
-def bare_table(title: str, **options: Any) -> Table:
+def bare_table(title: str | None = None, **options: Any) -> Table:
     return Table(
         title=title,
         title_justify="left",
@@ -71,9 +71,9 @@ def show(console: Console, table: Table) -> None:
     console.width = width
 
 
-def rows_table(title: str, rows: list[Row]) -> Table:
+def rows_table(rows: list[Row]) -> Table:
     """Rows of one linear layer: one line per number of rows, activations and kernel."""
-    table = bare_table(title)
+    table = bare_table()
     compute = any(row.flops for row in rows)
     for name in ("M", "A", "kernel", "time", ""):
         table.add_column(name, justify="left" if name in ("A", "kernel") else "right", no_wrap=True)
@@ -119,7 +119,7 @@ def legend(console: Console, rows: list[Row], absent: dict[str, str]) -> None:
     console.print(f"Limits of this run: {'; '.join(ranges)}", highlight=False)
     if any(max(rates) > SHARED * min(rates) for rates in limits.values()):
         console.print(
-            "[bold red]The limits changed twofold during the run: the machine is shared. Compare shares and ratios, not times."
+            "[bold red]The limits changed twofold in this run: the machine is shared. Trust shares, not times."
         )
     console.print(
         "[dim]A: activations (bf16 = W8A16, fp8 = W8A8). ±: median distance from the median. of limit: least time by "

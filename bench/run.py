@@ -75,7 +75,8 @@ class Bench:
                     size = f"{linear.n * linear.k / 1e6:.1f} MB of weights"
                     title = f"{op} · {linear.name} · N {linear.n} × K {linear.k} · {size}"
                     self.console.print()
-                    report.show(self.console, report.rows_table(title, found))
+                    self.console.print(f"[bold]{title}", highlight=False)
+                    report.show(self.console, report.rows_table(found))
                     self.rows += found
 
     def _rows_of(self, op: str, linear: Linear) -> tuple[int, ...]:
