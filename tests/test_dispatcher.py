@@ -107,7 +107,10 @@ def test_a_kernel_added_later_is_seen() -> None:
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_every_op_runs_on_every_cpu(op: Op) -> None:
     """Pretend devices: a CPU without any feature has a kernel, and every feature brings better ones first."""
-    bare, full = [k.name for k in op.candidates(BARE, Policy())], [k.name for k in op.candidates(FULL, Policy())]
+    bare, full = (
+        [k.name for k in op.candidates(BARE, dispatcher.Policy())],
+        [k.name for k in op.candidates(FULL, dispatcher.Policy())],
+    )
     assert bare and set(bare) <= set(full)
     assert full == [k.name for k in op.kernels if k.kind == "cpu"]
     assert len({k.name for k in op.kernels}) == len(op.kernels)
