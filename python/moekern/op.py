@@ -207,7 +207,7 @@ def register_device(where: torch.device, device: Device) -> None:
 
 
 def location(operand: torch.Tensor | ScaledTensor) -> torch.device:
-    return operand.data.device if type(operand) is ScaledTensor else operand.device
+    return operand.data.device if isinstance(operand, ScaledTensor) else operand.device
 
 
 def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
