@@ -187,7 +187,7 @@ def test_use_refuses(options: dict[str, Any], message: str) -> None:
 def test_a_forced_backend_that_is_not_there_raises() -> None:
     with (
         moekern.use(backend="cuda"),
-        pytest.raises(NotSupported, match="backend cuda is forced, but the operands are on cpu"),
+        pytest.raises(NotSupported, match="backend cuda is forced; the operands are on cpu"),
     ):
         moekern.fp8_gemm_nt(torch.randn(3, 200), weights())
 
