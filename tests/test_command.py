@@ -17,7 +17,8 @@ from moekern.testing import selftest
 
 def run(*arguments: str, broken: tuple[Path, str] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """`python arguments`; `broken` is (folder, code) that runs first in the new process."""
-    environment = {**os.environ, **variables}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("MOEKERN_")}
+    environment = {**ours, **variables}
     if broken is not None:
         folder, code = broken
         (folder / "sitecustomize.py").write_text(code)

@@ -90,20 +90,27 @@ constexpr uint8_t kZeroRow[kBlock] = {};
 void locate(const GemmIsa& isa, const GemmProblem& p, int64_t j, int64_t k, int kc, int kc_padded, Strip& strip) {
   const auto* base = reinterpret_cast<const uint8_t*>(p.b.data);
   const bool in_place = p.b.col_stride == 1 && kc == kc_padded;
-  for (int r = 0; r < isa.nr; ++r) {
-    strip.rows[r] = kZeroRow;
-    strip.scale[r] = 0.f;
-    if (j + r >= p.n()) continue;
-    const uint8_t* row = base + (j + r) * p.b.row_stride + k * p.b.col_stride;
-    strip.scale[r] = scale_of(p.sb, j + r, k);
+  const int columns = static_cast<int>(std::min<int64_t>(isa.nr, p.n() - j));
+  float scale = 0.f;
+  int64_t scale_ends = 0;  // looking a scale up takes four divisions, so once per block of rows
+  for (int r = 0; r < columns; ++r) {
+    if (r == scale_ends) {
+      scale = scale_of(p.sb, j + r, k);
+      scale_ends = r + p.sb.block_rows - (j + r) % p.sb.block_rows;
+    }
+    strip.scale[r] = scale;
+    const uint8_t* row = base + (j + r) * p.b.row_stride + k;
     strip.rows[r] = in_place ? row : strip.staged + r * kBlock;
     if (in_place) {
       __builtin_prefetch(row + kBlock);
       __builtin_prefetch(row + kBlock + 64);
     }
   }
+  for (int r = columns; r < isa.nr; ++r) {
+    strip.rows[r] = kZeroRow;
+    strip.scale[r] = 0.f;
+  }
   if (in_place) return;
-  const int columns = static_cast<int>(std::min<int64_t>(isa.nr, p.n() - j));
   std::memset(strip.staged, 0, sizeof strip.staged);
   for (int q = 0; q < kc; ++q)
     for (int r = 0; r < columns; ++r)
