@@ -46,6 +46,8 @@ template <Dtype F, int M, int R>
 inline void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* next, const float* a,
                          int64_t a_stride, float* out, bool first, Special<F>& special) {
   constexpr int kStep = 4 * W;
+  // One prefetch a cache line; but from M = 5 on, 16 registers are too few for a longer body.
+  constexpr int kBody = M <= 4 && kStep < 64 ? 64 : kStep;
   F32 acc[R][M][2];
   const uint8_t* row[R];
 #pragma GCC unroll 8
@@ -57,11 +59,14 @@ inline void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, const uint8_
       for (int q = 0; q < 2; ++q) acc[r][i][q] = first ? zero() : load(out + ((r * M + i) * 2 + q) * W);
   }
   const int64_t whole = kc / kStep * kStep;
-  for (int64_t k = 0; k < whole; k += kStep) {
+  int64_t k = 0;
+  for (; k + kBody <= whole; k += kBody) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * ldw + k, 0, 3);
-    stream_step<F, M, R>(row, k, a, a_stride, acc, special);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * ldw + k);
+#pragma GCC unroll 4
+    for (int step = 0; step < kBody; step += kStep) stream_step<F, M, R>(row, k + step, a, a_stride, acc, special);
   }
+  for (; k < whole; k += kStep) stream_step<F, M, R>(row, k, a, a_stride, acc, special);
   if (whole < kc) {  // a partial vector: copied, since the bytes behind it are not ours to read
     alignas(64) uint8_t tail[R][kStep] = {};
     const uint8_t* at[R];
@@ -82,10 +87,7 @@ inline void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, const uint8_
 
 // The hardware's prefetcher stops at the end of every row's piece, so software asks for what comes
 // 4 KiB later: at 16 GB/s a core that is 250 ns, twice the latency of memory.
-#ifndef AHEAD
-#define AHEAD 16384
-#endif
-constexpr int64_t kAhead = AHEAD;
+constexpr int64_t kAhead = 4096;
 
 template <Dtype F, int M, int R>
 bool stream_rows(int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after, const float* a,

@@ -1,6 +1,6 @@
 // The streaming GEMM: for few activation rows, where reading the weights is most of the work.
 //
-//   activations normalised to f32 and permuted once, by the caller
+//   activations normalised to f32 and permuted once
 //   parallel over 32 weight rows                   one row of the weights' scale grid at a time
 //     activations times that row of scales         so the inner loop has no scale in it
 //     for each piece of k that fits L1 beside M    a single piece when M = 1: rows stream end to end
@@ -29,7 +29,7 @@ struct Pieces {
   }
 };
 
-// Weight rows a task takes: their accumulators stay in L1 beside the activations (16 KiB) and the
+// Weight rows a task takes: their accumulators stay in L1 beside the activations (24 KiB) and the
 // weights on their way (stream.h's kAhead, 8 KiB), and no task straddles two rows of scales.
 int64_t task_rows(const GemmIsa& isa, const GemmProblem& p, bool scale_in_a) {
   constexpr int64_t kAccumulatorBytes = 16 << 10;
@@ -153,15 +153,14 @@ void gemm_streamed(const GemmIsa& isa, const GemmProblem& p) {
            k_padded,
            p.sb.values && p.sb.block_cols < p.k(),
            Pieces(p.m(), p.k(), isa.stream->pass_rows)};
-  float* a = scratch_of<float>(Slot::shared_a, (p.m() + 1) * k_padded);
-  float* plain = a + p.m() * k_padded;
-  const auto prepare = [&](int64_t i) {
+  float* a = scratch_of<float>(Slot::shared_a, p.m() * k_padded);
+  s.a = a;
+  // A row takes a nanosecond or so per element; less than 64 Ki of them are not worth waking threads for.
+  const int preparing = p.m() * k_padded < 64 << 10 ? 1 : p.threads;
+  parallel_for(preparing, p.m(), [&](int64_t i) {
+    float* plain = scratch_of<float>(Slot::own_a, k_padded);
     s.exponents[i] = normalised_row(*isa.rows, p, i, true, kTopF32, k_padded, plain);
     isa.stream->permute(plain, k_padded, a + i * k_padded);
-  };
-  s.a = a;
-  parallel_for(1, 1, [&](int64_t) {
-    for (int64_t i = 0; i < p.m(); ++i) prepare(i);
   });
   const int64_t rows = task_rows(isa, p, s.scale_in_a);
   parallel_for(p.threads, ceil_div(p.n(), rows), [&](int64_t task) {
