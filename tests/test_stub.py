@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_stub_and_the_module_agree():
     done = subprocess.run(
         [sys.executable, "-m", "mypy.stubtest", "moekern._C", "--mypy-config-file", "pyproject.toml"],

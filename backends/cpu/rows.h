@@ -138,20 +138,19 @@ void row_scale(const float* x, float s, int64_t n, float* dst) {
 }
 
 // rne(y), |y| <= max but for rounding, without a table: adding 2^(23 - mantissa_bits) times the binade
-// of y makes f32's own rounding act at the narrow format's last place (subnormals share the binade
-// of the smallest normal); scaling by 2^(bias - 127) then puts the narrow exponent at the bottom of
-// f32's, where a shift reads the code off.
+// of y (subnormals share the smallest normal's) makes f32's own rounding act at the narrow format's last
+// place; scaling by 2^(bias - 127) then puts the narrow exponent at the bottom of f32's, where a shift
+// reads the code off.
 template <Dtype F>
 inline I32 encode(F32 y) {
   constexpr Fp8Layout f = layout_of(F);
+  constexpr float c = static_cast<float>(1 << (23 - f.mantissa_bits));
   const F32 magnitude = as_f32(magnitude_of(y));
   const F32 smallest = as_f32(set1_i32(static_cast<uint32_t>(128 - f.bias) << 23));
-  const F32 binade = max(as_f32(bit_and(bits(magnitude), set1_i32(kF32Inf))), smallest);
-  const F32 magic = mul(binade, set1(static_cast<float>(1 << (23 - f.mantissa_bits))));
-  const F32 rounded = sub(add(magnitude, magic), magic);
-  const I32 code =
-      shr32<23 - f.mantissa_bits>(bits(mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23)))));
-  return bit_or(code, bit_and(shr32<24>(bits(y)), set1_i32(0x80)));
+  const F32 binade = max(as_f32(bit_and(bits(y), set1_i32(kF32Inf))), smallest);
+  const F32 rounded = fma(binade, set1(-c), fma(binade, set1(c), magnitude));
+  const F32 scaled = mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23)));
+  return bit_or(shr32<23 - f.mantissa_bits>(bits(scaled)), bit_and(shr32<24>(bits(y)), set1_i32(0x80)));
 }
 
 // e4m3fnuz, which has no negative zero, and rows with NaN or infinity take the slow way.

@@ -29,8 +29,8 @@ struct Pieces {
   }
 };
 
-// Weight rows a task takes: their accumulators stay in L1 beside the activations (24 KiB) and the
-// weights on their way (stream.h's kAhead, 8 KiB), and no task straddles two rows of scales.
+// Weight rows a task takes: as many as keep their accumulators, which every piece reads and writes
+// once, to half of the smallest L1; and no task straddles two rows of scales.
 int64_t task_rows(const GemmIsa& isa, const GemmProblem& p, bool scale_in_a) {
   constexpr int64_t kAccumulatorBytes = 16 << 10;
   const int64_t a_row =
