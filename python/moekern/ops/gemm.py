@@ -59,8 +59,8 @@ def fp8_gemm_nt(
     out_dtype: torch.bfloat16, float16 or float32; of `out` if given, else of a float `a`, else bfloat16.
 
     Sums are accumulated in float32 or better. NaN and infinities propagate. Two calls on one machine
-    give the same bits whatever the number of threads. With any other strides than row-major `b` the
-    result is the same and slower.
+    give the same bits whatever the number of threads. Any strides are taken; other than row-major `b`
+    goes to another kernel, slower and with other last bits.
 
     Raises ValueError or TypeError naming the argument; NotSupported when no kernel takes the call.
     Method and scale layout: DeepSeek-V3 (arXiv:2412.19437, section 3.3), DeepGEMM's `fp8_gemm_nt`.
