@@ -1,8 +1,9 @@
 // Packed GEMM over bf16 pairs for AVX-512 BF16 + VBMI (Zen 4 and later, Sapphire Rapids and later).
 //
 // e4m3 and e5m2 values are bf16 values, so panels hold them exactly and VDPBF16PS does two
-// multiply-adds a lane: twice the f32 rate. MR x NV = 6 x 4 is 24 accumulators + 4 of b + 1 of a in 32
-// registers; 10 loads feed 24 dot products.
+// multiply-adds a lane: twice the f32 rate. MR x NV = 12 x 2 is 24 accumulators + 2 of b + 1 of a in 32
+// registers, and 14 loads for 24 dot products. 6 x 4 takes 10, but half as many rows of weights to a
+// strip are a third faster at 16 rows of a (kFewRows in gemm/packed.cpp).
 #include "cpu/simd/avx512.h"
 
 #include "cpu/gemm/pack_bf16.h"
@@ -12,13 +13,13 @@
 namespace moekern::cpu {
 namespace {
 
-constexpr int MR = 6, NV = 4;
+constexpr int MR = 12, NV = 2;
 
 template <int M>
 inline void tile_rows(int kc, const uint16_t* a, int64_t a_stride, const uint32_t* b, const float* row_scale,
                       const float* scale, float* c, int64_t ldc) {
   F32 acc[M][NV];
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) acc[i][v] = zero();
@@ -27,7 +28,7 @@ inline void tile_rows(int kc, const uint16_t* a, int64_t a_stride, const uint32_
     __m512bh bv[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) bv[v] = (__m512bh)_mm512_load_si512(b + (p / 2 * NV + v) * W);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
       int pair;
       __builtin_memcpy(&pair, a + i * a_stride + p, sizeof pair);
@@ -36,7 +37,7 @@ inline void tile_rows(int kc, const uint16_t* a, int64_t a_stride, const uint32_
       for (int v = 0; v < NV; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], ai, bv[v]);
     }
   }
-#pragma GCC unroll 6
+#pragma GCC unroll 12
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {

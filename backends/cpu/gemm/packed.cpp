@@ -20,6 +20,10 @@ namespace {
 // A task's block of A (256 x 128 f32 = 128 KiB) and of C (256 x 128 f32) fill half of a 512 KiB L2;
 // 256 rows make the decoding of a strip (about 2 cycles per 8 weights) 1.5% of its 128 cycles of FMA.
 constexpr int64_t kTaskRows = 256, kTaskCols = 128;
+// For few rows a task is one strip from end to end, so that only nr rows of weights are on their way to
+// the core: rows a large power of two apart share a few cache sets, where 128 of them would evict each
+// other before they are used. The activations, read again for every strip, are small then.
+constexpr int64_t kFewRows = 48;
 constexpr int64_t kSharedBytesPerThread = 8 << 20;
 constexpr int kMaxStrip = 64;
 
@@ -186,7 +190,7 @@ void gemm_packed(const GemmIsa& isa, const GemmProblem& p) {
     const int64_t row_tasks = ceil_div(rows, kTaskRows), task_rows = ceil_div(rows, row_tasks);
     // At least four tasks a thread, so that a slow one does not leave the others waiting.
     const int64_t wanted = round_up(ceil_div(p.n(), ceil_div(4 * p.threads, row_tasks)), isa.nr);
-    const int64_t task_cols = std::min(wanted, kTaskCols);
+    const int64_t task_cols = rows <= kFewRows ? isa.nr : std::min(wanted, kTaskCols);
     const int64_t col_tasks = ceil_div(p.n(), task_cols);
     parallel_for(p.threads, row_tasks * col_tasks, [&](int64_t task) {
       const int64_t i0 = task % row_tasks * task_rows, j0 = task / row_tasks * task_cols;
