@@ -68,9 +68,10 @@ void rescale(const Shared& s, uint64_t call, int64_t grid_row, ScaledActivations
   own.grid_row = grid_row;
   own.values = scratch_of<float>(Slot::own_a, m * s.pieces.count * s.pieces.size);
   float* scales = scratch_of<float>(Slot::row, blocks);
+  const int64_t blocks_per_scale = s.scale_in_a ? sb.block_cols / kBlock : 1;
   float top = 0.f;
   for (int64_t kb = 0; kb < blocks; ++kb) {
-    scales[kb] = s.scale_in_a ? scale_of(sb, grid_row * sb.block_rows, kb * kBlock) : 1.f;
+    scales[kb] = s.scale_in_a ? element(sb.values, grid_row, kb / blocks_per_scale) : 1.f;
     top = std::max(top, scales[kb] < 0 ? -scales[kb] : scales[kb]);
   }
   own.exponent = s.scale_in_a ? exponent_of(top) : 0;
