@@ -27,6 +27,20 @@ int exponent_of(float amax) { return static_cast<int>(float_bits(amax) >> 23 & 2
 
 float power_of_two(int exponent) { return std::ldexp(1.f, exponent); }
 
+int normalised_scales(const ScaleGrid& grid, int64_t row, int64_t k_blocks, float* dst, int64_t stride) {
+  const int64_t grid_row = row / grid.block_rows;
+  float top = 0.f;
+  for (int64_t kb = 0; kb < k_blocks; ++kb) {
+    const float scale = grid.values ? element(grid.values, grid_row, kb * kBlock / grid.block_cols) : 1.f;
+    dst[kb * stride] = scale;
+    top = std::max(top, std::abs(scale));
+  }
+  const int e = exponent_of(top);
+  const float normalise = power_of_two(-e);
+  for (int64_t kb = 0; kb < k_blocks; ++kb) dst[kb * stride] *= normalise;
+  return e;
+}
+
 int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool scaled, int top, int64_t k_padded,
                    float* dst) {
   const int64_t k = p.k();

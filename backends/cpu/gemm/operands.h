@@ -18,6 +18,10 @@ float scale_of(const ScaleGrid& grid, int64_t row, int64_t col);  // of the elem
 int exponent_of(float amax);
 float power_of_two(int exponent);
 
+// The scales along `row`, one per 128 of k and `stride` apart, over the power of two of the largest, whose
+// exponent is returned: a scale of 1e30 times another operand's 1e30 is no infinity before the sum is complete.
+int normalised_scales(const ScaleGrid& grid, int64_t row, int64_t k_blocks, float* dst, int64_t stride);
+
 // dst[0 .. k) = row i of a, its scales included on demand, times 2^(top - e) where e, returned, is the
 // exponent of its largest magnitude. A power of two loses nothing, and activations of any size come
 // to the same place in f32's range. The pad up to k_padded is zero.

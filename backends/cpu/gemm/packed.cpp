@@ -6,7 +6,6 @@
 //         for each strip of nr weight rows         decoded to f32, k-major, in L1
 //           for each tile of mr activation rows
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "cpu/gemm/driver.h"
@@ -51,19 +50,6 @@ Activations allocate(Dtype panel, int64_t first, int64_t rows, int64_t k_blocks)
           first,
           rows,
           k_blocks};
-}
-
-// One row's scales, `stride` apart, over the power of two of the largest, whose exponent is returned: a
-// scale of 1e30 times one of the weights' 1e30 is no infinity before the sum is complete.
-int normalised_scales(const ScaleGrid& grid, int64_t row, int64_t k_blocks, float* dst, int64_t stride) {
-  float top = 0.f;
-  for (int64_t kb = 0; kb < k_blocks; ++kb) {
-    dst[kb * stride] = scale_of(grid, row, kb * kBlock);
-    top = std::max(top, std::abs(dst[kb * stride]));
-  }
-  const int e = exponent_of(top);
-  for (int64_t kb = 0; kb < k_blocks; ++kb) dst[kb * stride] *= power_of_two(-e);
-  return e;
 }
 
 void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {

@@ -1,10 +1,10 @@
 // The streaming GEMM: for few activation rows, where reading the weights is most of the work.
 //
 //   activations normalised to f32 and permuted once
-//   parallel over 32 weight rows                   one row of the weights' scale grid at a time
+//   parallel over at most 64 weight rows           one row of the weights' scale grid at a time
 //     activations times that row of scales         so the inner loop has no scale in it
-//     for each piece of k that fits L1 beside M    a single piece when M = 1: rows stream end to end
-//       for each 8 activation rows                 stream (gemm/stream.h)
+//     for each piece of k whose activations fit L1
+//       for each pass of activation rows           stream (gemm/stream.h)
 #include <algorithm>
 #include <cstring>
 
@@ -68,18 +68,11 @@ void rescale(const Shared& s, uint64_t call, int64_t grid_row, ScaledActivations
   own.grid_row = grid_row;
   own.values = scratch_of<float>(Slot::own_a, m * s.pieces.count * s.pieces.size);
   float* scales = scratch_of<float>(Slot::row, blocks);
-  const int64_t blocks_per_scale = s.scale_in_a ? sb.block_cols / kBlock : 1;
-  float top = 0.f;
-  for (int64_t kb = 0; kb < blocks; ++kb) {
-    scales[kb] = s.scale_in_a ? element(sb.values, grid_row, kb / blocks_per_scale) : 1.f;
-    top = std::max(top, scales[kb] < 0 ? -scales[kb] : scales[kb]);
-  }
-  own.exponent = s.scale_in_a ? exponent_of(top) : 0;
-  const float normalise = power_of_two(-own.exponent);
+  own.exponent = normalised_scales(s.scale_in_a ? sb : ScaleGrid{}, grid_row * sb.block_rows, blocks, scales, 1);
   for (int64_t kb = 0; kb < blocks; ++kb) {
     const int64_t piece = kb * kBlock / s.pieces.size, offset = kb * kBlock - piece * s.pieces.size;
     for (int64_t i = 0; i < m; ++i)
-      s.isa.rows->scale(s.a + i * s.k_padded + kb * kBlock, scales[kb] * normalise, kBlock,
+      s.isa.rows->scale(s.a + i * s.k_padded + kb * kBlock, scales[kb], kBlock,
                         own.values + (piece * m + i) * s.pieces.size + offset);
   }
 }

@@ -90,11 +90,6 @@ inline float reduce_add(F32 x) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline float reduce_max(F32 x) {
-  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
-}
 
 // out[d] lane r = the d-th dword of row r: an 8 x 8 transposition of dwords, 24 shuffles.
 inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {

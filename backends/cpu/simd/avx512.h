@@ -89,12 +89,6 @@ inline float reduce_add(F32 x) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-inline float reduce_max(F32 x) {
-  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), upper(x));
-  __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
-}
 
 // out[d] lane r = the d-th dword of row r: a 16 x 16 transposition of dwords, 64 shuffles.
 inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {

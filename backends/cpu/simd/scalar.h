@@ -87,7 +87,6 @@ inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
   p[3] = static_cast<uint8_t>(x3);
 }
 inline float reduce_add(F32 x) { return x; }
-inline float reduce_max(F32 x) { return x; }
 inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {
   out[0] = load_bytes(rows[0] + offset);
 }
