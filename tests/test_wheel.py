@@ -89,5 +89,5 @@ def test_the_sdist_holds_what_it_builds_from(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    assert {"CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md", "csrc/bindings.cpp"} <= names
+    assert {"CMakeLists.txt", "pyproject.toml", "LICENSE", "README.md", "csrc/bindings/module.cpp"} <= names
     assert not [name for name in names if name.split("/")[0] in ("build", "dist", ".venv")]

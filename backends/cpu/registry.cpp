@@ -1,4 +1,4 @@
-// Turns kernels.inc into rows of data for csrc/bindings.cpp.
+// Turns kernels.inc into rows of data for csrc/bindings/.
 #include "cpu/features.h"
 #include "cpu/gemm/driver.h"
 #include "cpu/limits/driver.h"

@@ -1,5 +1,5 @@
 // What a native backend exports: rows of data. Selection happens in python/moekern/op.py, which is
-// the only dispatcher; csrc/bindings.cpp turns each row into a Python callable.
+// the only dispatcher; csrc/bindings/ turns each row into a Python callable.
 #pragma once
 #include <cstdint>
 

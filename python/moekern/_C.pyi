@@ -1,4 +1,4 @@
-"""The native module (csrc/bindings.cpp). Only moekern itself calls it."""
+"""The native module (csrc/bindings/). Only moekern itself calls it."""
 
 from collections.abc import Callable
 from typing import Any, TypedDict

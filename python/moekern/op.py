@@ -1,6 +1,6 @@
 """The dispatcher: an Op is a contract, a Kernel is one way to honour it.
 
-A call goes ops/<family>.py (spec) -> Op.__call__ here -> csrc/bindings.cpp -> backends/<device>/.
+A call goes ops/<family>.py (spec) -> Op.__call__ here -> csrc/bindings/ -> backends/<device>/.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class Op:
         """Append a kernel: worse than those before it, better than those after."""
         try:
             got = tuple(inspect.signature(kernel.run).parameters)
-        except ValueError:  # a native function has no signature; bindings.cpp fixes its arity
+        except ValueError:  # a native function has no signature; csrc/bindings/ fixes its arity
             got = self.params
         if got != self.params:
             raise TypeError(f"{kernel.name}: parameters {got}, but {self.name} has {self.params}")

@@ -1,0 +1,105 @@
+// The casts to FP8 and back.
+#include "bindings/tensors.h"
+
+namespace moekern {
+namespace {
+
+// (x, out) for a cast to FP8: out is allocated here when it is None.
+py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::object format, int64_t block_rows,
+                       int64_t block_cols, bool gated) {
+  const char* name = op.c_str();
+  const std::string format_name = py::str(format);
+  const Dtype dtype = dtype_named(format_name);
+  check<TypeError>(py::isinstance<py::str>(format), name, ": format is a ", Py_TYPE(format.ptr())->tp_name,
+                   "; it is the name of one, such as \"e4m3fn\"");
+  check(is_fp8(dtype), name, ": format is \"", format_name, "\"; it is \"e4m3fn\", \"e4m3fnuz\" or \"e5m2\"");
+  const View v = view(name, "x", x);
+  check_plain(name, "x", x);
+  CastProblem p;
+  p.x = v.matrix;
+  check(!gated || p.x.cols % 2 == 0, name, ": x has ", p.x.cols, " columns; gate and up halves need an even number");
+  const int64_t cols = p.x.cols / (gated ? 2 : 1);
+  if (out.is_none()) {
+    check<TypeError>(is_float(p.x.dtype), name, ": x has dtype ", name_of(p.x.dtype), "; it is f32, f16 or bf16");
+    py::object data = allocate(x, v.device, p.x.rows, cols, dtype);
+    py::object scale = allocate(x, v.device, blocks(p.x.rows, block_rows), blocks(cols, block_cols), Dtype::f32);
+    out = runtime().scaled_tensor(data, scale, py::make_tuple(block_rows, block_cols));
+  }
+  const Scaled s = scaled(name, "out", out);
+  check(s.device == v.device, name, ": out is on another device than x");
+  check(s.grid.block_rows == block_rows && s.grid.block_cols == block_cols, name, ": out.block is (", s.grid.block_rows,
+        ", ", s.grid.block_cols, "); this cast writes (", block_rows, ", ", block_cols, ")");
+  p.q = s.data;
+  p.scale = s.grid;
+  check(dtype == p.q.dtype || dtype == Dtype::e4m3fn, name, ": format is ", name_of(dtype), ", but out holds ",
+        name_of(p.q.dtype));  // the default, e4m3fn, yields to out
+  check_cast(name, p, true, gated);
+  return py::make_tuple(std::move(x), std::move(out));
+}
+
+py::tuple prepare_dequantize(py::object x, py::object out, py::object out_dtype) {
+  constexpr const char* kName = "dequantize";
+  const Scaled s = scaled(kName, "x", x);
+  CastProblem p;
+  p.q = s.data;
+  p.scale = s.grid;
+  if (out.is_none())
+    out = allocate(x.attr("data"), s.device, s.data.rows, s.data.cols, dtype_argument(kName, out_dtype, Dtype::f32));
+  p.x = matrix(kName, "out", out, s.device);
+  check_plain(kName, "out", out);
+  const Dtype wanted = dtype_argument(kName, out_dtype, p.x.dtype);
+  check<TypeError>(wanted == p.x.dtype, kName, ": out has dtype ", name_of(p.x.dtype), " but out_dtype is ",
+                   name_of(wanted));
+  check_cast(kName, p, false, false);
+  return py::make_tuple(std::move(x), std::move(out));
+}
+
+void run_cast(void (*run)(const CastProblem&), const char* op, py::handle x, py::handle q, bool round_scale_up) {
+  const Scaled s = scaled(op, "out", q);
+  CastProblem p;
+  p.x = view(op, "x", x).matrix;
+  p.q = s.data;
+  p.scale = s.grid;
+  p.round_scale_up = round_scale_up;
+  if (p.q.rows == 0 || p.q.cols == 0) return;
+  p.threads = threads_for(p.q.rows * p.q.cols * 2);
+  py::gil_scoped_release release;
+  run(p);
+}
+
+void run_dequantize(void (*run)(const CastProblem&), py::handle x, py::handle out) {
+  const Scaled s = scaled("dequantize", "x", x);
+  CastProblem p;
+  p.x = view("dequantize", "out", out).matrix;
+  p.q = s.data;
+  p.scale = s.grid;
+  if (p.q.rows == 0 || p.q.cols == 0) return;
+  p.threads = threads_for(p.q.rows * p.q.cols * 2);
+  py::gil_scoped_release release;
+  run(p);
+}
+
+}  // namespace
+
+// [(name, needs, cast, silu_mul_cast, dequantize)]
+py::list cast_rows(const Backend& backend) {
+  py::list rows;
+  for (const CastKernel& k : backend.cast) {
+    const auto bind = [](void (*run)(const CastProblem&), const char* op) {
+      return py::cpp_function(
+          [run, op](py::handle x, py::handle q, bool round_scale_up) { run_cast(run, op, x, q, round_scale_up); });
+    };
+    rows.append(py::make_tuple(
+        k.name, names_of(k.needs, backend.features), bind(k.cast, "cast_to_fp8"),
+        bind(k.silu_mul_cast, "silu_mul_cast_to_fp8"),
+        py::cpp_function([run = k.dequantize](py::handle x, py::handle out) { run_dequantize(run, x, out); })));
+  }
+  return rows;
+}
+
+void bind_casts(py::module_& m) {
+  m.def("prepare_cast", &prepare_cast);
+  m.def("prepare_dequantize", &prepare_dequantize);
+}
+
+}  // namespace moekern

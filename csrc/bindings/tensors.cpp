@@ -1,0 +1,181 @@
+#include "bindings/tensors.h"
+
+namespace moekern {
+
+namespace {
+
+Dtype dtype_of(dlpack::DataType t) {
+  if (t.lanes != 1) return Dtype::other;
+  switch (t.code) {
+    case dlpack::kFloat: return t.bits == 32 ? Dtype::f32 : t.bits == 16 ? Dtype::f16 : Dtype::other;
+    case dlpack::kBfloat: return t.bits == 16 ? Dtype::bf16 : Dtype::other;
+    case dlpack::kE4m3fn: return Dtype::e4m3fn;
+    case dlpack::kE4m3fnuz: return Dtype::e4m3fnuz;
+    case dlpack::kE5m2: return Dtype::e5m2;
+    case dlpack::kE8m0fnu: return Dtype::ue8m0;
+    default: return Dtype::other;
+  }
+}
+
+dlpack::DataType dlpack_type(Dtype t) {
+  switch (t) {
+    case Dtype::f16: return {dlpack::kFloat, 16, 1};
+    case Dtype::bf16: return {dlpack::kBfloat, 16, 1};
+    case Dtype::e4m3fn: return {dlpack::kE4m3fn, 8, 1};
+    case Dtype::e4m3fnuz: return {dlpack::kE4m3fnuz, 8, 1};
+    case Dtype::e5m2: return {dlpack::kE5m2, 8, 1};
+    default: return {dlpack::kFloat, 32, 1};
+  }
+}
+
+}  // namespace
+
+py::object interned(const char* name) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(name)); }
+
+Runtime& runtime() {
+  static Runtime* instance = new Runtime;  // leaked: Python may be gone when statics are destroyed
+  return *instance;
+}
+
+Dtype dtype_named(const std::string& name) {
+  for (Dtype t : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::e4m3fn, Dtype::e4m3fnuz, Dtype::e5m2, Dtype::ue8m0})
+    if (name == name_of(t)) return t;
+  return Dtype::other;
+}
+
+namespace {
+
+std::string attribute(py::handle object, const char* name) { return py::str(object.attr(name)).cast<std::string>(); }
+
+// What torch says of a tensor that cannot be read: on the meta device, sparse, without storage.
+[[noreturn]] void unreadable(const char* op, const char* name, py::handle object, const std::string& why) {
+  throw ValueError(text(op, ": ", name, " cannot be read (device ", attribute(object, "device"), ", layout ",
+                        attribute(object, "layout"), "): ", why.substr(0, why.find('\n'))));
+}
+
+}  // namespace
+
+View view(const char* op, const char* name, py::handle object, int dimensions) {
+  const Runtime& r = runtime();
+  const bool exact = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == r.tensor.ptr();
+  check<TypeError>(exact || PyObject_IsInstance(object.ptr(), r.tensor.ptr()) == 1, op, ": ", name, " is a ",
+                   Py_TYPE(object.ptr())->tp_name, "; it must be a tensor");
+  View v;
+  int64_t shape[2] = {1, 1}, strides[2] = {0, 0};
+  int ndim;
+  if (r.exchange) {
+    dlpack::Tensor t;
+    if (r.exchange->view_of_object(object.ptr(), &t)) unreadable(op, name, object, py::error_already_set().what());
+    ndim = t.ndim;
+    check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
+    for (int d = 0; d < ndim; ++d) {
+      shape[2 - ndim + d] = t.shape[d];
+      strides[2 - ndim + d] = t.strides ? t.strides[d] : d + 1 == ndim ? 1 : t.shape[1];
+    }
+    v.matrix.data = static_cast<char*>(t.data) + t.byte_offset;
+    v.matrix.dtype = dtype_of(t.dtype);
+    v.device = t.device.type | t.device.id << 16;
+  } else {
+    const auto fields =
+        r.read(object).cast<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string, int>>();
+    ndim = static_cast<int>(std::get<1>(fields).size());
+    check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
+    for (int d = 0; d < ndim; ++d) {
+      shape[2 - ndim + d] = std::get<1>(fields)[d];
+      strides[2 - ndim + d] = std::get<2>(fields)[d];
+    }
+    v.matrix.data = reinterpret_cast<char*>(std::get<0>(fields));
+    v.matrix.dtype = dtype_named(std::get<3>(fields));
+    v.device = std::get<4>(fields);
+  }
+  v.matrix.rows = shape[0];
+  v.matrix.cols = shape[1];
+  v.matrix.row_stride = strides[0];
+  v.matrix.col_stride = shape[1] == 1 ? 1 : strides[1];
+  if (v.matrix.dtype == Dtype::other)
+    throw TypeError(text(op, ": ", name, " has dtype ", attribute(object, "dtype"), ", which no operand may have"));
+  static char nothing;  // an empty tensor has no address, but it is there
+  if (!v.matrix.data) {
+    if (shape[0] && shape[1]) unreadable(op, name, object, "its storage is empty");
+    v.matrix.data = &nothing;
+  }
+  return v;
+}
+
+Matrix matrix(const char* op, const char* name, py::handle object, int device, int dimensions) {
+  const View v = view(op, name, object, dimensions);
+  check(v.device == device, op, ": ", name, " is on another device than the other operands");
+  return v.matrix;
+}
+
+Matrix optional_matrix(const char* op, const char* name, py::handle object, int device, int dimensions) {
+  return object.is_none() ? Matrix{} : matrix(op, name, object, device, dimensions);
+}
+
+void check_plain(const char* op, const char* name, py::handle tensor) {
+  static const py::object kIsNegated = interned("is_neg");
+  if (tensor.is_none()) return;
+  check(!tensor.attr(kIsNegated)().cast<bool>(), op, ": ", name, " is a negated view; pass ", name, ".resolve_neg()");
+}
+
+static void set_dlpack_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
+
+py::object allocate(py::handle like, int device, int64_t rows, int64_t cols, Dtype dtype) {
+  const Runtime& r = runtime();
+  if (!r.exchange) return r.allocate(like, py::make_tuple(rows, cols), name_of(dtype));
+  int64_t shape[2] = {rows, cols};
+  dlpack::Tensor prototype{
+      nullptr, {static_cast<dlpack::DeviceType>(device & 0xffff), device >> 16}, 2, dlpack_type(dtype), shape, nullptr,
+      0};
+  dlpack::ManagedTensor* tensor = nullptr;
+  if (r.exchange->allocate(&prototype, &tensor, nullptr, set_dlpack_error)) throw py::error_already_set();
+  void* object = nullptr;
+  if (r.exchange->to_object(tensor, &object)) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+bool is_scaled(py::handle object) {
+  return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(runtime().scaled_tensor.ptr());
+}
+
+Scaled scaled(const char* op, const char* name, py::handle object) {
+  static const py::object kData = interned("data"), kScale = interned("scale"), kBlock = interned("block");
+  check<TypeError>(is_scaled(object), op, ": ", name, " is a ", Py_TYPE(object.ptr())->tp_name,
+                   "; it must be a ScaledTensor or a (data, scale) pair");
+  const View data = view(op, name, object.attr(kData));
+  Scaled s{data.matrix, {}, data.device};
+  s.grid.values = matrix(op, name, object.attr(kScale), data.device);
+  const py::tuple block = object.attr(kBlock);
+  s.grid.block_rows = block[0].cast<int64_t>();
+  s.grid.block_cols = block[1].cast<int64_t>();
+  return s;
+}
+
+Dtype dtype_argument(const char* op, py::handle dtype, Dtype otherwise) {
+  if (dtype.is_none()) return otherwise;
+  PyObject* name = PyDict_GetItem(runtime().dtypes.ptr(), dtype.ptr());
+  const Dtype found = name ? dtype_named(py::handle(name).cast<std::string>()) : Dtype::other;
+  check<TypeError>(is_float(found), op, ": out_dtype is ", py::str(dtype).cast<std::string>(),
+                   "; it is torch.float32, torch.float16 or torch.bfloat16");
+  return found;
+}
+
+int num_threads() { return runtime().num_threads().cast<int>(); }
+
+// Waking a second thread takes some microseconds: as long as decoding this many weights.
+constexpr int64_t kWorkWorthAThread = 1 << 18;
+
+int threads_for(int64_t work) {
+  const int available = num_threads();
+  if (work < 2 * kWorkWorthAThread) return 1;
+  return static_cast<int>(std::min<int64_t>(available, work / kWorkWorthAThread));
+}
+
+py::frozenset names_of(uint64_t bits, const Table<Feature>& features) {
+  py::set names;
+  for (const Feature& f : features)
+    if (bits & f.bit) names.add(f.name);
+  return py::frozenset(names);
+}
+
+}  // namespace moekern

@@ -1,0 +1,72 @@
+// What every op's bindings share: Python objects as views, outputs allocated, the number of threads.
+//
+// Tensors are read, and outputs allocated, through torch's DLPack exchange table: about 0.1 us a tensor,
+// and no link against libtorch, so one build serves every torch. csrc/bindings/ is all that knows pybind11.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+
+#include "moekern/arguments.h"
+#include "moekern/dlpack.h"
+
+namespace moekern {
+
+namespace py = pybind11;
+
+// What Python hands over once, at import: classes and functions that C++ cannot name by itself.
+struct Runtime {
+  py::object scaled_tensor;  // the class moekern.ScaledTensor
+  py::object tensor;         // the class torch.Tensor
+  py::object num_threads;    // () -> int
+  py::object read;           // (tensor) -> (pointer, shape, strides, format name, device type), without the table
+  py::object allocate;       // (like, shape, format name) -> tensor, without the table
+  py::dict dtypes;           // torch.dtype -> format name
+  const dlpack::ExchangeApi* exchange = nullptr;
+};
+
+Runtime& runtime();
+
+py::object interned(const char* name);
+Dtype dtype_named(const std::string& name);
+
+struct View {
+  Matrix matrix;
+  int device = 0;  // DLPack's device type, and its index in the upper half
+};
+
+// A tensor of `dimensions`: 2, or 1, which becomes one row.
+View view(const char* op, const char* name, py::handle object, int dimensions = 2);
+Matrix matrix(const char* op, const char* name, py::handle object, int device, int dimensions = 2);
+Matrix optional_matrix(const char* op, const char* name, py::handle object, int device, int dimensions = 2);
+
+// DLPack does not carry the bit that says "negate on reading" (the imaginary part of a conjugate has it).
+void check_plain(const char* op, const char* name, py::handle tensor);
+
+py::object allocate(py::handle like, int device, int64_t rows, int64_t cols, Dtype dtype);
+
+struct Scaled {
+  Matrix data;
+  ScaleGrid grid;
+  int device;
+};
+
+bool is_scaled(py::handle object);
+Scaled scaled(const char* op, const char* name, py::handle object);
+
+Dtype dtype_argument(const char* op, py::handle dtype, Dtype otherwise);
+
+int num_threads();
+int threads_for(int64_t work);  // work in weights decoded
+
+py::frozenset names_of(uint64_t bits, const Table<Feature>& features);
+
+// Each op family adds its functions to the module, and its rows of a backend's kernels to a dict.
+void bind_gemm(py::module_& m);
+void bind_casts(py::module_& m);
+py::list gemm_rows(const Backend& backend);
+py::list cast_rows(const Backend& backend);
+py::list limit_rows(const Backend& backend);
+
+}  // namespace moekern
