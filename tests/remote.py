@@ -42,6 +42,8 @@ _DTYPES = {
     torch.float8_e4m3fnuz: "e4m3fnuz",
     torch.float8_e5m2: "e5m2",
     torch.float8_e8m0fnu: "ue8m0",
+    torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 

@@ -7,6 +7,7 @@ namespace {
 Dtype dtype_of(dlpack::DataType t) {
   if (t.lanes != 1) return Dtype::other;
   switch (t.code) {
+    case dlpack::kInt: return t.bits == 32 ? Dtype::i32 : t.bits == 64 ? Dtype::i64 : Dtype::other;
     case dlpack::kFloat: return t.bits == 32 ? Dtype::f32 : t.bits == 16 ? Dtype::f16 : Dtype::other;
     case dlpack::kBfloat: return t.bits == 16 ? Dtype::bf16 : Dtype::other;
     case dlpack::kE4m3fn: return Dtype::e4m3fn;
@@ -24,6 +25,8 @@ dlpack::DataType dlpack_type(Dtype t) {
     case Dtype::e4m3fn: return {dlpack::kE4m3fn, 8, 1};
     case Dtype::e4m3fnuz: return {dlpack::kE4m3fnuz, 8, 1};
     case Dtype::e5m2: return {dlpack::kE5m2, 8, 1};
+    case Dtype::i32: return {dlpack::kInt, 32, 1};
+    case Dtype::i64: return {dlpack::kInt, 64, 1};
     default: return {dlpack::kFloat, 32, 1};
   }
 }
@@ -35,12 +38,6 @@ py::object interned(const char* name) { return py::reinterpret_steal<py::object>
 Runtime& runtime() {
   static Runtime* instance = new Runtime;  // leaked: Python may be gone when statics are destroyed
   return *instance;
-}
-
-Dtype dtype_named(const std::string& name) {
-  for (Dtype t : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::e4m3fn, Dtype::e4m3fnuz, Dtype::e5m2, Dtype::ue8m0})
-    if (name == name_of(t)) return t;
-  return Dtype::other;
 }
 
 namespace {

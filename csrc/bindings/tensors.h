@@ -29,7 +29,6 @@ struct Runtime {
 Runtime& runtime();
 
 py::object interned(const char* name);
-Dtype dtype_named(const std::string& name);
 
 struct View {
   Matrix matrix;

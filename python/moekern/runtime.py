@@ -12,6 +12,8 @@ _NAMES: dict[torch.dtype, str] = {
     torch.float16: "f16",
     torch.bfloat16: "bf16",
     torch.float8_e8m0fnu: "ue8m0",
+    torch.int32: "i32",
+    torch.int64: "i64",
     **FORMATS,
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}

@@ -76,12 +76,6 @@ class Memory {
   char* map_ = nullptr;
 };
 
-Dtype dtype_named(const std::string& name) {
-  for (Dtype t : {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::e4m3fn, Dtype::e4m3fnuz, Dtype::e5m2, Dtype::ue8m0})
-    if (name == name_of(t)) return t;
-  throw TypeError("no dtype is named " + name);
-}
-
 struct Request {
   std::string op, kernel;
   int threads = 1;
@@ -101,6 +95,7 @@ struct Request {
       in >> g.values.rows >> g.values.cols >> g.values.row_stride >> g.values.col_stride >> g.block_rows >>
           g.block_cols >> memory;
       g.values.dtype = dtype_named(dtype);
+      check<TypeError>(g.values.dtype != Dtype::other, "no dtype is named ", dtype);
       pending.emplace_back(&g.values, memory);
     }
     for (int i = 0; i < memory_count; ++i) memories.emplace_back(in);
