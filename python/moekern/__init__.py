@@ -6,6 +6,7 @@ import sys as _sys
 __version__ = "0.1.0"
 __all__ = [
     "Device",
+    "GroupedLayout",
     "Kernel",
     "NotSupported",
     "Op",
@@ -33,6 +34,7 @@ def _serves_command() -> bool:
 
 _import_error: Exception | None = None
 try:
+    from moekern.layout import GroupedLayout
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
         dequantize,
