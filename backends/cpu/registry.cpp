@@ -2,6 +2,7 @@
 #include "cpu/features.h"
 #include "cpu/gemm/driver.h"
 #include "cpu/limits/driver.h"
+#include "cpu/moe/driver.h"
 #include "cpu/parallel.h"
 #include "cpu/quant/driver.h"
 
@@ -12,10 +13,12 @@ namespace moekern::cpu {
   extern const GemmIsa k_##ISA;    \
   extern const LimitIsa k_limits_##ISA;
 #define MOEKERN_CAST(ISA, NEEDS)
+#define MOEKERN_ROUTING(ISA, NEEDS) extern const RoutingIsa k_routing_##ISA;
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
 #undef MOEKERN_PACKED
 #undef MOEKERN_CAST
+#undef MOEKERN_ROUTING
 
 namespace {
 
@@ -26,6 +29,12 @@ template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_pack
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
+
+template <const GemmIsa& kRows, const RoutingIsa& kIsa> void run_gate(const GateProblem& p) {
+  gate(*kRows.rows, kIsa, p);
+}
+template <const RoutingIsa& kIsa> void run_permute(const PermuteProblem& p) { permute(kIsa, p); }
+template <const RoutingIsa& kIsa> void run_unpermute(const UnpermuteProblem& p) { unpermute(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
 template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
@@ -39,10 +48,12 @@ constexpr GemmKernel kGemm[] = {
 #define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
 #define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
 #define MOEKERN_CAST(ISA, NEEDS)
+#define MOEKERN_ROUTING(ISA, NEEDS)
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
 #undef MOEKERN_PACKED
 #undef MOEKERN_CAST
+#undef MOEKERN_ROUTING
 };
 
 constexpr CastKernel kCast[] = {
@@ -50,10 +61,25 @@ constexpr CastKernel kCast[] = {
 #define MOEKERN_PACKED(ISA, NEEDS)
 #define MOEKERN_CAST(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
+#define MOEKERN_ROUTING(ISA, NEEDS)
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
 #undef MOEKERN_PACKED
 #undef MOEKERN_CAST
+#undef MOEKERN_ROUTING
+};
+
+constexpr RoutingKernel kRouting[] = {
+#define MOEKERN_STREAM(ISA, NEEDS)
+#define MOEKERN_PACKED(ISA, NEEDS)
+#define MOEKERN_CAST(ISA, NEEDS)
+#define MOEKERN_ROUTING(ISA, NEEDS) \
+  {"cpu." #ISA, NEEDS, run_gate<k_##ISA, k_routing_##ISA>, run_permute<k_routing_##ISA>, run_unpermute<k_routing_##ISA>},
+#include "cpu/kernels.inc"
+#undef MOEKERN_STREAM
+#undef MOEKERN_PACKED
+#undef MOEKERN_CAST
+#undef MOEKERN_ROUTING
 };
 
 // Every ISA has a packed kernel.
@@ -62,10 +88,12 @@ constexpr LimitLoops kLimits[] = {
 #define MOEKERN_PACKED(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_multiply_add<k_limits_##ISA>, run_read<k_limits_##ISA>, run_copy<k_limits_##ISA>},
 #define MOEKERN_CAST(ISA, NEEDS)
+#define MOEKERN_ROUTING(ISA, NEEDS)
 #include "cpu/kernels.inc"
 #undef MOEKERN_STREAM
 #undef MOEKERN_PACKED
 #undef MOEKERN_CAST
+#undef MOEKERN_ROUTING
 };
 
 }  // namespace
@@ -73,6 +101,7 @@ constexpr LimitLoops kLimits[] = {
 const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
+                                {kRouting, sizeof kRouting / sizeof *kRouting},
                                 {kLimits, sizeof kLimits / sizeof *kLimits},
                                 {kFeatures, sizeof kFeatures / sizeof *kFeatures},
                                 detect_features,

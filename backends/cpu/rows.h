@@ -207,11 +207,19 @@ inline F32 exp_clamped(F32 x) {
   return as_f32(add_i32(bits(p), shl32<23>(bits(shifted))));
 }
 
-// Beyond the clamp e^-gate runs on to infinity, so that silu is -0 there and NaN at -infinity.
+// Beyond the clamp runs on to infinity.
+inline F32 exp_to_infinity(F32 x) {
+  return add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f)));
+}
+
+// Below the clamp runs on to zero, within one unit of x.
+inline F32 exp_to_zero(F32 x) {
+  return mul(exp_clamped(x), min(set1(1.f), max(zero(), add(x, set1(88.3f)))));
+}
+
+// silu is -0 where e^-gate is infinite, and NaN at -infinity.
 inline F32 silu_mul(F32 gate, F32 up) {
-  const F32 x = sub(zero(), gate);
-  const F32 e = add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f)));
-  return mul(div(gate, add(set1(1.f), e)), up);
+  return mul(div(gate, add(set1(1.f), exp_to_infinity(sub(zero(), gate)))), up);
 }
 
 void row_silu_mul(const float* gate, const float* up, int64_t n, float* dst) {

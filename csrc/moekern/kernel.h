@@ -32,6 +32,45 @@ struct CastProblem {
   int threads = 1;
 };
 
+// The experts of each token: weights and ids of the topk largest selection values, which python/moekern/ops/gate.py
+// defines. At most kMaxExperts and kMaxTopk, so that a row of scores fits the first-level cache.
+constexpr int kMaxExperts = 1024, kMaxTopk = 32;
+struct GateProblem {
+  Matrix logits;           // [tokens, experts] f32, f16 or bf16
+  Matrix correction_bias;  // [1, experts] or empty
+  Matrix weights;          // [tokens, topk] f32
+  Matrix ids;              // [tokens, topk] i32
+  int topk = 1, groups = 1, kept_groups = 1;
+  bool sigmoid = false;  // else softmax
+  bool renormalize = false;
+  float routed_scaling_factor = 1, mask_value = 0;
+  int threads = 1;
+};
+
+// Rows of x in the order of their experts. Expert g has the rows starts[g] .. starts[g] + counts[g] of out, and zeros
+// up to the next multiple of the alignment; inverse[t, j] is the row of slot j of token t, or -1.
+struct PermuteProblem {
+  Matrix x;  // [tokens, hidden] f32, f16 or bf16, or FP8 with sx, which has one row a token
+  ScaleGrid sx;
+  Matrix ids;             // [tokens, topk] i32 or i64
+  Matrix expert_map;      // [1, ids' experts] i32, or empty
+  Matrix starts, counts;  // [1, experts] i64
+  int64_t alignment = 1;
+  Matrix out;  // [rows, hidden]
+  ScaleGrid sout;
+  Matrix inverse;  // [tokens, topk] i32
+  int threads = 1;
+};
+
+// out[t] = cast(sum_j weights[t, j] y[inverse[t, j]]), slots of -1 left out.
+struct UnpermuteProblem {
+  Matrix y;        // [rows, hidden] f32, f16 or bf16
+  Matrix inverse;  // [tokens, topk] i32 or i64
+  Matrix weights;  // [tokens, topk] f32, f16 or bf16; or empty: all are 1
+  Matrix out;      // [tokens, hidden] f32, f16 or bf16
+  int threads = 1;
+};
+
 struct GemmKernel {
   const char* name;
   uint64_t needs;
@@ -45,6 +84,14 @@ struct CastKernel {
   void (*cast)(const CastProblem&);
   void (*silu_mul_cast)(const CastProblem&);
   void (*dequantize)(const CastProblem&);
+};
+
+struct RoutingKernel {
+  const char* name;
+  uint64_t needs;
+  void (*gate)(const GateProblem&);
+  void (*permute)(const PermuteProblem&);
+  void (*unpermute)(const UnpermuteProblem&);
 };
 
 // One stream, one with software prefetch, two streams: which is fastest depends on the machine, and on
@@ -78,6 +125,7 @@ struct Feature {  // one bit of a kernel's `needs`, by the name that Device.feat
 struct Backend {
   Table<GemmKernel> gemm;
   Table<CastKernel> cast;
+  Table<RoutingKernel> routing;
   Table<LimitLoops> limits;
   Table<Feature> features;
   uint64_t (*detect_features)();

@@ -10,6 +10,8 @@ __all__ = [
     "Kernel",
     "NotSupported",
     "Op",
+    "Permuted",
+    "Routing",
     "ScaledTensor",
     "dequantize",
     "devices",
@@ -18,9 +20,13 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "permuted_rows",
     "silu_mul_cast_to_fp8",
     "use",
 ]
@@ -37,14 +43,20 @@ try:
     from moekern.layout import GroupedLayout
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
+        Permuted,
+        Routing,
         dequantize,
         fp8_gemm_nn,
         fp8_gemm_nt,
         fp8_gemm_tn,
         fp8_gemm_tt,
+        moe_gate,
+        moe_permute,
+        moe_unpermute,
         per_block_cast_to_fp8,
         per_channel_cast_to_fp8,
         per_token_cast_to_fp8,
+        permuted_rows,
         silu_mul_cast_to_fp8,
     )
     from moekern.policy import explain, use

@@ -1,6 +1,8 @@
 """Specs: signature, docstring and float64 reference of every op. Kernels live in moekern.backends."""
 
+from moekern.ops.gate import Routing, moe_gate
 from moekern.ops.gemm import fp8_gemm_nn, fp8_gemm_nt, fp8_gemm_tn, fp8_gemm_tt
+from moekern.ops.permute import Permuted, moe_permute, moe_unpermute, permuted_rows
 from moekern.ops.quantize import (
     dequantize,
     per_block_cast_to_fp8,
@@ -16,17 +18,26 @@ OPS = (
     per_channel_cast_to_fp8,
     silu_mul_cast_to_fp8,
     dequantize,
+    moe_gate,
+    moe_permute,
+    moe_unpermute,
 )
 
 __all__ = [
     "OPS",
+    "Permuted",
+    "Routing",
     "dequantize",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "permuted_rows",
     "silu_mul_cast_to_fp8",
 ]
