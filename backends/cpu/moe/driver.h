@@ -10,6 +10,9 @@ namespace moekern::cpu {
 
 // Keys and scores come in blocks of as many: a whole number of vectors of every ISA, so that sums have one order.
 constexpr int kGateBlock = 16;
+constexpr int in_blocks(int n) { return (n + kGateBlock - 1) / kGateBlock * kGateBlock; }
+
+constexpr int kGateRows = 4;  // at once
 
 // What all rows of a call share.
 struct GatePlan {
@@ -21,12 +24,14 @@ struct GatePlan {
 
   int group_size() const { return experts / groups; }
   int keys() const { return groups * group_stride; }
+  int blocks() const { return keys() / kGateBlock; }
+  int scratch() const { return keys() + in_blocks(blocks()) + in_blocks(groups); }
 };
 
 struct RoutingIsa {
-  // x: logits, -infinity from `experts` to the end of its block, and a block to read on. They become scores; ids
-  // are those of the topk largest selection values. keys: plan.keys() of scratch, 64-byte aligned.
-  void (*select)(const GatePlan& plan, float* x, int32_t* keys, int32_t* ids);
+  // Of up to kGateRows rows, x: logits, -infinity from `experts` to the end of its block, and a block to read on.
+  // They become scores; ids are those of the topk largest selection values. scratch: plan.scratch(), by 64 bytes.
+  void (*select)(const GatePlan& plan, float* const* x, int32_t* const* scratch, int32_t* const* ids, int rows);
   void (*copy_past_caches)(const char* src, int64_t bytes, char* dst);
   // dst = cast(sum_j weights[j] rows[j], j in order) of n elements; count > 0.
   void (*weighted_sum)(Dtype from, const char* const* rows, const float* weights, int count, int64_t n, Dtype to,

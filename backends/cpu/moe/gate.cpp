@@ -31,27 +31,37 @@ void write_weights(const GateProblem& p, int64_t token, const float* scores, con
 
 void gate(const RowOps& rows, const RoutingIsa& isa, const GateProblem& p) {
   const auto experts = static_cast<int>(p.logits.cols);
-  const auto padded = static_cast<int>(round_up(experts, kGateBlock)) + kGateBlock;
+  const int width = in_blocks(experts) + kGateBlock;
   float bias[kMaxExperts + kGateBlock] = {};
   if (p.correction_bias) load_row(rows, p.correction_bias, 0, bias);
   const GatePlan plan = {experts,
                          p.topk,
                          p.groups,
                          p.kept_groups,
-                         static_cast<int>(round_up(experts / p.groups, kGateBlock)),
+                         in_blocks(experts / p.groups),
                          p.sigmoid,
                          p.correction_bias ? bias : nullptr,
                          p.mask_value};
   parallel_for(p.threads, ceil_div(p.logits.rows, kRowsPerTask), [&](int64_t task) {
-    float* x = scratch_of<float>(Slot::row, padded);
-    int32_t* keys = scratch_of<int32_t>(Slot::own_a, plan.keys());
-    int32_t ids[kMaxTopk];
+    float* values = scratch_of<float>(Slot::row, kGateRows * width);
+    int32_t* keys = scratch_of<int32_t>(Slot::own_a, kGateRows * plan.scratch());
+    int32_t ids[kGateRows][kMaxTopk];
+    float* x[kGateRows];
+    int32_t *scratch[kGateRows], *chosen[kGateRows];
+    for (int r = 0; r < kGateRows; ++r) {
+      x[r] = values + r * width;
+      scratch[r] = keys + r * plan.scratch();
+      chosen[r] = ids[r];
+    }
     const int64_t end = std::min((task + 1) * kRowsPerTask, p.logits.rows);
-    for (int64_t t = task * kRowsPerTask; t < end; ++t) {
-      load_row(rows, p.logits, t, x);
-      std::fill(x + experts, x + padded, -INFINITY);
-      isa.select(plan, x, keys, ids);
-      write_weights(p, t, x, ids);
+    for (int64_t t = task * kRowsPerTask; t < end; t += kGateRows) {
+      const auto count = static_cast<int>(std::min<int64_t>(kGateRows, end - t));
+      for (int r = 0; r < count; ++r) {
+        load_row(rows, p.logits, t + r, x[r]);
+        std::fill(x[r] + experts, x[r] + width, -INFINITY);
+      }
+      isa.select(plan, x, scratch, chosen, count);
+      for (int r = 0; r < count; ++r) write_weights(p, t + r, x[r], ids[r]);
     }
   });
 }

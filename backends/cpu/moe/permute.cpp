@@ -27,7 +27,7 @@ void write_inverse(const PermuteProblem& p) {
     }
 }
 
-// Rows from one matrix to another of the same width and dtype.
+// Writes rows of one matrix, from another of the same width and dtype or from a row in memory.
 struct Mover {
   const RoutingIsa& isa;
   const Matrix& from;
@@ -35,23 +35,17 @@ struct Mover {
   bool past_caches;
 
   int64_t row_bytes() const { return to.cols * size_of(to.dtype); }
-  void move(int64_t source, int64_t target) const {
-    if (from.col_stride == 1 && to.col_stride == 1) return write(from.at(source, 0), target);
-    const auto size = static_cast<size_t>(size_of(to.dtype));
-    for (int64_t j = 0; j < to.cols; ++j) std::memcpy(to.at(target, j), from.at(source, j), size);
-  }
-  void clear(int64_t target) const {
-    if (to.col_stride == 1) {
-      std::memset(to.at(target, 0), 0, static_cast<size_t>(row_bytes()));
-      return;
+  void move(int64_t source, int64_t target) const { write(from.at(source, 0), from.col_stride, target); }
+  void write(const char* row, int64_t stride, int64_t target) const {
+    char* dst = to.at(target, 0);
+    if (stride != 1 || to.col_stride != 1) {
+      const auto size = static_cast<size_t>(size_of(to.dtype));
+      for (int64_t j = 0; j < to.cols; ++j) std::memcpy(to.at(target, j), row + j * stride * size_of(to.dtype), size);
+    } else if (past_caches) {
+      isa.copy_past_caches(row, row_bytes(), dst);
+    } else {
+      std::memcpy(dst, row, static_cast<size_t>(row_bytes()));
     }
-    for (int64_t j = 0; j < to.cols; ++j) std::memset(to.at(target, j), 0, static_cast<size_t>(size_of(to.dtype)));
-  }
-
- private:
-  void write(const char* row, int64_t target) const {
-    if (past_caches) return isa.copy_past_caches(row, row_bytes(), to.at(target, 0));
-    std::memcpy(to.at(target, 0), row, static_cast<size_t>(row_bytes()));
   }
 };
 
@@ -76,11 +70,15 @@ void permute(const RoutingIsa& isa, const PermuteProblem& p) {
   });
   if (p.alignment == 1) return;
   parallel_for(p.threads, p.starts.cols, [&](int64_t g) {
-    const int64_t start = index_at(p.starts, 0, g), count = index_at(p.counts, 0, g);
-    for (int64_t row = start + count; row < start + round_up(count, p.alignment); ++row) {
-      data.clear(row);
-      if (p.sx.values) scales.clear(row);
+    const int64_t count = index_at(p.counts, 0, g), first = index_at(p.starts, 0, g) + count;
+    const int64_t bytes = std::max(data.row_bytes(), p.sx.values ? scales.row_bytes() : 0);
+    char* zeros = scratch_of<char>(Slot::row, bytes);
+    std::memset(zeros, 0, static_cast<size_t>(bytes));
+    for (int64_t row = first; row < first + round_up(count, p.alignment) - count; ++row) {
+      data.write(zeros, 1, row);
+      if (p.sx.values) scales.write(zeros, 1, row);
     }
+    if (past_caches) __atomic_thread_fence(__ATOMIC_SEQ_CST);
   });
 }
 

@@ -83,9 +83,9 @@ inline void sigmoid_row(float* x, int n) {
 
 // The sum has the order of sixteen lanes whatever W is.
 inline void softmax_row(float* x, int n) {
-  I32 top = key_of(load(x));
-  for (int i = W; i < n; i += W) top = max_i32(top, key_of(load(x + i)));
-  const F32 shift = set1(number_of(reduce_max_i32(top)));
+  F32 top = load(x);
+  for (int i = W; i < n; i += W) top = max(load(x + i), top);  // top when the load is NaN, which e^x will be
+  const F32 shift = set1(number_of(reduce_max_i32(key_of(top))));
   F32 sums[kGateBlock / W];
 #pragma GCC unroll 16
   for (F32& sum : sums) sum = zero();
@@ -106,63 +106,85 @@ inline void softmax_row(float* x, int n) {
   for (int i = 0; i < n; i += W) store(x + i, div(load(x + i), sum));
 }
 
-// Keys of the selection values, group by group, and the maxima of their blocks.
-inline void make_keys(const GatePlan& plan, const float* scores, int32_t* keys, int32_t* maxima) {
+// What selection keeps of a row: the keys, group by group, the maxima of their blocks, and the keys of the groups.
+struct RowKeys {
+  int32_t *keys, *maxima, *groups;
+  RowKeys(const GatePlan& plan, int32_t* scratch)
+      : keys(scratch), maxima(keys + plan.keys()), groups(maxima + in_blocks(plan.blocks())) {}
+};
+
+inline void make_keys(const GatePlan& plan, const float* scores, const RowKeys& row) {
   const int size = plan.group_size(), stride = plan.group_stride;
-  for (int g = 0; g < plan.groups; ++g, scores += size, keys += stride) {
+  for (int g = 0; g < plan.groups; ++g) {
+    int32_t* keys = row.keys + g * stride;
+    const float* first = scores + g * size;
     const float* bias = plan.bias ? plan.bias + g * size : nullptr;
     for (int i = 0; i < stride; i += W) {
-      F32 value = load(scores + i);
+      F32 value = load(first + i);
       if (bias) value = add(value, load(bias + i));
       store_i32(keys + i, key_of(value));
     }
     for (int i = size; i < stride; ++i) keys[i] = as_signed(kNone);
-    for (int b = 0; b < stride; b += kGateBlock) *maxima++ = as_signed(block_max(keys + b));
   }
+  for (int b = 0; b < plan.blocks(); ++b) row.maxima[b] = as_signed(block_max(row.keys + b * kGateBlock));
+  for (int b = plan.blocks(); b < in_blocks(plan.blocks()); ++b) row.maxima[b] = as_signed(kNone);
 }
 
-// All keys outside of the best groups become the mask's.
-inline void mask_groups(const GatePlan& plan, int32_t* keys, int32_t* maxima, int32_t* group_keys) {
-  const int stride = plan.group_stride, padded = (plan.groups + kGateBlock - 1) / kGateBlock * kGateBlock;
-  fill(group_keys, padded, kNone);
+inline void make_group_keys(const GatePlan& plan, const RowKeys& row) {
+  fill(row.groups, in_blocks(plan.groups), kNone);
   for (int g = 0; g < plan.groups; ++g) {
     uint32_t two[2];
-    best_two(keys + g * stride, stride, two);
-    group_keys[g] = as_signed(plan.bias ? key_of_one(number_of(two[0]) + number_of(two[1])) : two[0]);
-  }
-  for (int n = 0; n < plan.kept_groups; ++n) replace_first(group_keys, largest(group_keys, padded), kNone);
-  const uint32_t mask = key_of_one(plan.mask_value);
-  for (int g = 0; g < plan.groups; ++g) {
-    if (group_keys[g] == as_signed(kNone)) continue;
-    const int size = plan.group_size();
-    fill(keys + g * stride, stride, mask);
-    for (int i = size; i < stride; ++i) keys[g * stride + i] = as_signed(kNone);
-    for (int b = 0; b < stride / kGateBlock; ++b) maxima[g * stride / kGateBlock + b] = as_signed(mask);
+    best_two(row.keys + g * plan.group_stride, plan.group_stride, two);
+    row.groups[g] = as_signed(plan.bias ? key_of_one(number_of(two[0]) + number_of(two[1])) : two[0]);
   }
 }
 
-void select(const GatePlan& plan, float* x, int32_t* keys, int32_t* ids) {
-  const int padded = (plan.experts + kGateBlock - 1) / kGateBlock * kGateBlock;
-  plan.sigmoid ? sigmoid_row(x, padded) : softmax_row(x, padded);
-  const int stride = plan.group_stride, blocks = plan.keys() / kGateBlock;
-  const int padded_blocks = (blocks + kGateBlock - 1) / kGateBlock * kGateBlock;
-  alignas(64) int32_t maxima[kMaxExperts], group_keys[kMaxExperts];  // a group has at least one block
-  make_keys(plan, x, keys, maxima);
-  if (plan.kept_groups < plan.groups) mask_groups(plan, keys, maxima, group_keys);
-  for (int b = blocks; b < padded_blocks; ++b) maxima[b] = as_signed(kNone);
-  for (int k = 0; k < plan.topk; ++k) {
-    const uint32_t best = largest(maxima, padded_blocks);
-    // The maximum of the block is replaced once the expert is taken: until then it is found by its value.
-    int b = 0;
-    for (const I32 wanted = set1_i32(best);; b += W)
-      if (const uint32_t found = equal_lanes(load_i32(maxima + b), wanted)) {
-        b += __builtin_ctz(found);
-        break;
-      }
-    const int place = b * kGateBlock + replace_first(keys + b * kGateBlock, best, kNone);
-    replace_first(maxima + b / W * W, best, block_max(keys + b * kGateBlock));
-    ids[k] = place / stride * plan.group_size() + place % stride;
+// Groups that were not taken still have their key: all of theirs become the mask's.
+inline void mask_groups(const GatePlan& plan, const RowKeys& row) {
+  const uint32_t mask = key_of_one(plan.mask_value);
+  const int size = plan.group_size(), stride = plan.group_stride, blocks = stride / kGateBlock;
+  for (int g = 0; g < plan.groups; ++g) {
+    if (row.groups[g] == as_signed(kNone)) continue;
+    fill(row.keys + g * stride, stride, mask);
+    for (int i = size; i < stride; ++i) row.keys[g * stride + i] = as_signed(kNone);
+    for (int b = 0; b < blocks; ++b) row.maxima[g * blocks + b] = as_signed(mask);
   }
+}
+
+// The first of the largest keys is taken away; its place.
+inline int take_best(const RowKeys& row, int padded_blocks) {
+  const uint32_t best = largest(row.maxima, padded_blocks);
+  const I32 wanted = set1_i32(best);
+  int v = 0;
+  uint32_t found;
+  while (!(found = equal_lanes(load_i32(row.maxima + v), wanted))) v += W;
+  int32_t* block = row.keys + (v + __builtin_ctz(found)) * kGateBlock;
+  const int place = replace_first(block, best, kNone);
+  replace_first(row.maxima + v, best, block_max(block));
+  return static_cast<int>(block - row.keys) + place;
+}
+
+// Each value taken depends on the one before: rows take turns, so that they wait together.
+void select(const GatePlan& plan, float* const* x, int32_t* const* scratch, int32_t* const* ids, int rows) {
+  const int padded = in_blocks(plan.experts), padded_blocks = in_blocks(plan.blocks());
+  for (int r = 0; r < rows; ++r) {
+    plan.sigmoid ? sigmoid_row(x[r], padded) : softmax_row(x[r], padded);
+    make_keys(plan, x[r], {plan, scratch[r]});
+  }
+  if (plan.kept_groups < plan.groups) {
+    for (int r = 0; r < rows; ++r) make_group_keys(plan, {plan, scratch[r]});
+    for (int n = 0; n < plan.kept_groups; ++n)
+      for (int r = 0; r < rows; ++r) {
+        int32_t* groups = RowKeys(plan, scratch[r]).groups;
+        replace_first(groups, largest(groups, in_blocks(plan.groups)), kNone);
+      }
+    for (int r = 0; r < rows; ++r) mask_groups(plan, {plan, scratch[r]});
+  }
+  for (int k = 0; k < plan.topk; ++k)
+    for (int r = 0; r < rows; ++r) {
+      const int place = take_best({plan, scratch[r]}, padded_blocks);
+      ids[r][k] = place / plan.group_stride * plan.group_size() + place % plan.group_stride;
+    }
 }
 
 }  // namespace
