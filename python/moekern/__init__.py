@@ -6,10 +6,12 @@ import sys as _sys
 __version__ = "0.1.0"
 __all__ = [
     "Device",
+    "ExpertWeights",
     "Kernel",
     "NotSupported",
     "Op",
     "ScaledTensor",
+    "batched_experts",
     "dequantize",
     "devices",
     "explain",
@@ -17,6 +19,8 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fused_experts",
+    "fused_experts_workspace",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
@@ -33,13 +37,17 @@ def _serves_command() -> bool:
 
 _import_error: Exception | None = None
 try:
+    from moekern.experts import ExpertWeights
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
+        batched_experts,
         dequantize,
         fp8_gemm_nn,
         fp8_gemm_nt,
         fp8_gemm_tn,
         fp8_gemm_tt,
+        fused_experts,
+        fused_experts_workspace,
         per_block_cast_to_fp8,
         per_channel_cast_to_fp8,
         per_token_cast_to_fp8,
