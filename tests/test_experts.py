@@ -15,7 +15,7 @@ from moekern.testing.expert_numerics import experts_oracle
 from moekern.testing.numerics import GemmOracle, check_bound, check_exact, check_rms
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def oracle_of(case: Experts) -> GemmOracle:
     """Once for all kernels."""
     p = expert_cases.operands(case)

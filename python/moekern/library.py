@@ -128,10 +128,10 @@ def _trace_dequantize(x, out=None, out_dtype=None):  # type: ignore[no-untyped-d
 def _known(tensors: list[torch.Tensor], layout: list[int]) -> ExpertWeights:
     """The ExpertWeights that these came from, if it is alive: checking hundreds of matrices takes milliseconds."""
     experts = ExpertWeights.alive.get(id(tensors[0]))
-    if experts is not None and experts.layout == tuple(layout) and len(experts.tensors) == len(tensors):
-        if all(a is b for a, b in zip(experts.tensors, tensors, strict=True)):
-            return experts
-    return ExpertWeights.from_tensors(tensors, layout)
+    if experts is None or experts.layout != tuple(layout) or len(experts.tensors) != len(tensors):
+        return ExpertWeights.from_tensors(tensors, layout)
+    same = all(a is b for a, b in zip(experts.tensors, tensors, strict=True))
+    return experts if same else ExpertWeights.from_tensors(tensors, layout)
 
 
 def _experts(x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, activation,

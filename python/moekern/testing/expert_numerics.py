@@ -110,7 +110,7 @@ class _Forward:
     def __call__(self, e: Expert, x: torch.Tensor, factor: torch.Tensor | float) -> _Products:
         h, error = self._hidden(e, x, factor)
         rounded, error = self._rounded(h, error)
-        y, dy, magnitude = _product(rounded, error, e.down, e.down_bias)
+        _, dy, magnitude = _product(rounded, error, e.down, e.down_bias)
         return _Products(magnitude, dy, self._plain(e, x, factor))
 
     def _hidden(self, e: Expert, x: torch.Tensor, factor: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
