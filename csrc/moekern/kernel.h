@@ -10,7 +10,9 @@ namespace moekern {
 
 // out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
 struct GemmProblem {
-  Matrix a;  // [m, k] FP8 with sa, or f32/f16/bf16 without
+  Matrix a;                         // [m, k] FP8 with sa, or f32/f16/bf16 without
+  const int32_t* a_rows = nullptr;  // with it, row i of the product is that of row a_rows[i] of a, for i < a_count
+  int64_t a_count = 0;
   ScaleGrid sa;
   Matrix b;  // [n, k] FP8
   ScaleGrid sb;
@@ -19,7 +21,8 @@ struct GemmProblem {
   Matrix out;   // [m, n]
   int threads = 1;
 
-  int64_t m() const { return a.rows; }
+  int64_t m() const { return a_rows ? a_count : a.rows; }
+  int64_t a_row(int64_t i) const { return a_rows ? a_rows[i] : i; }
   int64_t n() const { return b.rows; }
   int64_t k() const { return a.cols; }
 };
