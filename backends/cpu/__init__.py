@@ -10,6 +10,7 @@ from moekern.op import Device, Kernel
 from moekern.ops import (
     dequantize,
     fp8_gemm_nt,
+    fused_experts,
     moe_gate,
     moe_permute,
     moe_unpermute,
@@ -76,6 +77,9 @@ def _permute(native: Any) -> Any:
 def register() -> None:
     for name, needs, run, refuses in _NATIVE["fp8_gemm_nt"]:
         fp8_gemm_nt.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
+    for name, needs, run, refuses, workspace in _NATIVE["fused_experts"]:
+        for_few = name.endswith("_stream")
+        fused_experts.add(Kernel(name, run, "cpu", needs, refuses, for_few, workspace=workspace))
     for name, needs, cast, silu_mul_cast, back in _NATIVE["cast"]:
         for spec in (per_token_cast_to_fp8, per_block_cast_to_fp8, per_channel_cast_to_fp8):
             spec.add(Kernel(name, _cast(cast), "cpu", needs))

@@ -64,9 +64,11 @@ py::frozenset names_of(uint64_t bits, const Table<Feature>& features);
 // Each op family adds its functions to the module, and its rows of a backend's kernels to a dict.
 void bind_gemm(py::module_& m);
 void bind_casts(py::module_& m);
+void bind_experts(py::module_& m);
 void bind_routing(py::module_& m);
 py::list gemm_rows(const Backend& backend);
 py::list cast_rows(const Backend& backend);
+py::list experts_rows(const Backend& backend);
 py::list routing_rows(const Backend& backend);
 py::list limit_rows(const Backend& backend);
 

@@ -6,6 +6,7 @@ import sys as _sys
 __version__ = "0.1.0"
 __all__ = [
     "Device",
+    "ExpertWeights",
     "GroupedLayout",
     "Kernel",
     "NotSupported",
@@ -13,6 +14,7 @@ __all__ = [
     "Permuted",
     "Routing",
     "ScaledTensor",
+    "batched_experts",
     "dequantize",
     "devices",
     "explain",
@@ -20,6 +22,8 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fused_experts",
+    "fused_experts_workspace",
     "moe_gate",
     "moe_permute",
     "moe_unpermute",
@@ -40,16 +44,20 @@ def _serves_command() -> bool:
 
 _import_error: Exception | None = None
 try:
+    from moekern.experts import ExpertWeights
     from moekern.layout import GroupedLayout
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
         Permuted,
         Routing,
+        batched_experts,
         dequantize,
         fp8_gemm_nn,
         fp8_gemm_nt,
         fp8_gemm_tn,
         fp8_gemm_tt,
+        fused_experts,
+        fused_experts_workspace,
         moe_gate,
         moe_permute,
         moe_unpermute,

@@ -1,5 +1,6 @@
 """Specs: signature, docstring and float64 reference of every op. Kernels live in moekern.backends."""
 
+from moekern.ops.experts import batched_experts, fused_experts, fused_experts_workspace
 from moekern.ops.gate import Routing, moe_gate
 from moekern.ops.gemm import fp8_gemm_nn, fp8_gemm_nt, fp8_gemm_tn, fp8_gemm_tt
 from moekern.ops.permute import Permuted, moe_permute, moe_unpermute, permuted_rows
@@ -21,17 +22,21 @@ OPS = (
     moe_gate,
     moe_permute,
     moe_unpermute,
+    fused_experts,
 )
 
 __all__ = [
     "OPS",
     "Permuted",
     "Routing",
+    "batched_experts",
     "dequantize",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fused_experts",
+    "fused_experts_workspace",
     "moe_gate",
     "moe_permute",
     "moe_unpermute",
