@@ -8,11 +8,6 @@
 
 namespace moekern {
 
-inline int64_t index_at(const Matrix& m, int64_t row, int64_t col) {
-  return m.dtype == Dtype::i64 ? *reinterpret_cast<const int64_t*>(m.at(row, col))
-                               : *reinterpret_cast<const int32_t*>(m.at(row, col));
-}
-
 // The expert here of a checked id, or -1.
 inline int64_t local_expert(const PermuteProblem& p, int64_t token, int64_t slot) {
   const int64_t id = index_at(p.ids, token, slot);
@@ -85,19 +80,9 @@ inline void check_permute(const char* op, const PermuteProblem& p, int64_t exper
   check(p.ids.rows == p.x.rows, op, ": ids has ", p.ids.rows, " rows; x has ", p.x.rows, " tokens");
   if (p.expert_map) {
     check_index_dtype(op, "expert_map", p.expert_map);
-    for (int64_t i = 0; i < p.expert_map.cols; ++i) {
-      const int64_t local = index_at(p.expert_map, 0, i);
-      check(local >= -1 && local < experts, op, ": expert_map has ", local, " at [", i,
-            "]; it must be -1 or one of num_experts, ", experts);
-    }
+    check_ids(op, "expert_map", p.expert_map, experts);
   }
-  const int64_t known = p.expert_map ? p.expert_map.cols : experts;
-  for (int64_t t = 0; t < p.ids.rows; ++t)
-    for (int64_t j = 0; j < p.ids.cols; ++j) {
-      const int64_t id = index_at(p.ids, t, j);
-      check(id >= -1 && id < known, op, ": ids has ", id, " at [", t, ", ", j, "]; it must be -1 or one of ", known,
-            " experts");
-    }
+  check_ids(op, "ids", p.ids, p.expert_map ? p.expert_map.cols : experts);
 }
 
 // counts[g], and starts[g]: the sum of the counts before it, each rounded up to the alignment. Returns the last end.
@@ -156,12 +141,7 @@ inline void check_unpermute(const char* op, const UnpermuteProblem& p) {
                      "; it is f32, f16 or bf16");
     check_shape(op, "weights", p.weights, p.inverse.rows, p.inverse.cols, "like inverse");
   }
-  for (int64_t t = 0; t < p.inverse.rows; ++t)
-    for (int64_t j = 0; j < p.inverse.cols; ++j) {
-      const int64_t row = index_at(p.inverse, t, j);
-      check(row >= -1 && row < p.y.rows, op, ": inverse has ", row, " at [", t, ", ", j,
-            "]; it must be -1 or a row of y, which has ", p.y.rows);
-    }
+  check_ids(op, "inverse", p.inverse, p.y.rows);
 }
 
 inline void check_unpermute_output(const char* op, const UnpermuteProblem& p) {
