@@ -26,6 +26,7 @@ class Routing(NamedTuple):
 def _prepare(
     logits: torch.Tensor,
     topk: int,
+    *,
     scoring: str = "softmax",
     correction_bias: torch.Tensor | None = None,
     num_expert_group: int = 1,
@@ -63,6 +64,7 @@ def _prepare(
 def moe_gate(
     logits: torch.Tensor,
     topk: int,
+    *,
     scoring: str = "softmax",
     correction_bias: torch.Tensor | None = None,
     num_expert_group: int = 1,

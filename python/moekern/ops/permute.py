@@ -38,6 +38,7 @@ def _prepare_permute(
     x: Rows,
     ids: torch.Tensor,
     num_experts: int,
+    *,
     alignment: int = 1,
     expert_map: torch.Tensor | None = None,
     out: Permuted | None = None,
@@ -65,6 +66,7 @@ def moe_permute(
     x: Rows,
     ids: torch.Tensor,
     num_experts: int,
+    *,
     alignment: int = 1,
     expert_map: torch.Tensor | None = None,
     out: Permuted | None = None,
@@ -126,6 +128,7 @@ def _prepare_unpermute(
     y: torch.Tensor,
     inverse: torch.Tensor,
     weights: torch.Tensor | None = None,
+    *,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
@@ -142,6 +145,7 @@ def moe_unpermute(
     y: torch.Tensor,
     inverse: torch.Tensor,
     weights: torch.Tensor | None = None,
+    *,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
