@@ -60,8 +60,9 @@ constexpr CastKernel kCast[] = {
 };
 
 constexpr RoutingKernel kRouting[] = {
-#define MOEKERN_ROUTING(ISA, NEEDS) \
-  {"cpu." #ISA, NEEDS, run_gate<k_##ISA, k_routing_##ISA>, run_permute<k_routing_##ISA>, run_unpermute<k_routing_##ISA>},
+#define MOEKERN_ROUTING(ISA, NEEDS)                                                      \
+  {"cpu." #ISA, NEEDS, run_gate<k_##ISA, k_routing_##ISA>, run_permute<k_routing_##ISA>, \
+   run_unpermute<k_routing_##ISA>},
 #include "cpu/kernels.inc"
 };
 

@@ -1,6 +1,6 @@
 // The gate, permute and unpermute: called from python/moekern/op.py, calls the rows of backends/<device>/registry.cpp.
-#include "bindings/tensors.h"
 #include "moekern/routing.h"
+#include "bindings/tensors.h"
 
 namespace moekern {
 namespace {
@@ -28,10 +28,9 @@ GateProblem gate_problem(py::handle logits, int64_t topk, bool sigmoid, py::hand
   return p;
 }
 
-// (weights, ids): those given, or new ones where they are None.
+// (weights, ids): those of `out`, a pair, or new ones where it is None.
 py::tuple prepare_gate(py::handle logits, int64_t topk, bool sigmoid, py::handle correction_bias, int64_t groups,
-                       int64_t kept_groups, float routed_scaling_factor, float mask_value, py::object weights,
-                       py::object ids) {
+                       int64_t kept_groups, float routed_scaling_factor, float mask_value, py::object out) {
   int device;
   GateProblem p = gate_problem(logits, topk, sigmoid, correction_bias, groups, kept_groups, &device);
   check_plain(kGate, "logits", logits);
@@ -39,16 +38,15 @@ py::tuple prepare_gate(py::handle logits, int64_t topk, bool sigmoid, py::handle
   p.routed_scaling_factor = routed_scaling_factor;
   p.mask_value = mask_value;
   check_gate(kGate, p);
-  if (weights.is_none()) {
-    weights = allocate(logits, device, p.logits.rows, topk, Dtype::f32);
-    ids = allocate(logits, device, p.logits.rows, topk, Dtype::i32);
-    return py::make_tuple(std::move(weights), std::move(ids));
-  }
-  check_plain(kGate, "out.weights", weights);
-  p.weights = matrix(kGate, "out.weights", weights, device);
-  p.ids = matrix(kGate, "out.ids", ids, device);
+  if (out.is_none())
+    return py::make_tuple(allocate(logits, device, p.logits.rows, topk, Dtype::f32),
+                          allocate(logits, device, p.logits.rows, topk, Dtype::i32));
+  const py::tuple pair = out;
+  p.weights = matrix(kGate, "out.weights", pair[0], device);
+  check_plain(kGate, "out.weights", pair[0]);
+  p.ids = matrix(kGate, "out.ids", pair[1], device);
   check_gate_output(kGate, p);
-  return py::make_tuple(std::move(weights), std::move(ids));
+  return pair;
 }
 
 // A row's scores and selection take about as long as decoding 16 weights an expert.
@@ -95,9 +93,10 @@ PermuteProblem permute_problem(py::handle x, py::handle ids, py::handle expert_m
   return p;
 }
 
-// (out_x, inverse, groups): groups [2, experts] are the starts and counts. `rows` are allocated where out_x is None.
+// (x, inverse, groups): groups [2, experts] are the starts and counts. x and inverse are those of `out`, a Permuted;
+// where it is None, new ones, x of `rows`.
 py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t alignment, py::handle expert_map,
-                          int64_t rows, py::object out_x, py::object inverse) {
+                          int64_t rows, py::object out) {
   int device;
   PermuteProblem p = permute_problem(x, ids, expert_map, alignment, &device);
   if (!is_scaled(x)) check_plain(kPermute, "x", x);
@@ -107,26 +106,25 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   const Matrix g = matrix(kPermute, "groups", groups, device);
   auto* starts = reinterpret_cast<int64_t*>(g.data);
   const int64_t used = count_experts(p, starts, starts + experts, experts);
-  const bool fresh = out_x.is_none();
-  if (fresh) {
+  if (out.is_none()) {
     check(rows <= INT32_MAX, kPermute, ": ids and alignment take ", rows, " rows; the inverse map counts to 2^31 - 1");
-    inverse = allocate(ids, device, p.ids.rows, p.ids.cols, Dtype::i32);
-    if (is_scaled(x)) {
-      py::object data = allocate(x.attr("data"), device, rows, p.x.cols, p.x.dtype);
-      py::object scale = allocate(x.attr("data"), device, rows, p.sx.values.cols, p.sx.values.dtype);
-      out_x = runtime().scaled_tensor(data, scale, py::make_tuple(1, p.sx.block_cols));
-    } else {
-      out_x = allocate(x, device, rows, p.x.cols, p.x.dtype);
-    }
-    return py::make_tuple(std::move(out_x), std::move(inverse), std::move(groups));
+    const py::handle like = is_scaled(x) ? py::handle(x.attr("data")) : x;
+    py::object moved = allocate(like, device, rows, p.x.cols, p.x.dtype);
+    if (is_scaled(x))
+      moved = runtime().scaled_tensor(moved, allocate(like, device, rows, p.sx.values.cols, p.sx.values.dtype),
+                                      x.attr("block"));
+    py::object inverse = allocate(ids, device, p.ids.rows, p.ids.cols, Dtype::i32);
+    return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
   }
+  const py::tuple permuted = out;
+  py::object moved = permuted[0], inverse = permuted[2];
   int out_device;
-  read_rows("out.x", out_x, &p.out, &p.sout, &out_device);
+  read_rows("out.x", moved, &p.out, &p.sout, &out_device);
   check(out_device == device, kPermute, ": out.x is on another device than x");
-  if (!is_scaled(out_x)) check_plain(kPermute, "out.x", out_x);
+  if (!is_scaled(moved)) check_plain(kPermute, "out.x", moved);
   p.inverse = matrix(kPermute, "out.inverse", inverse, device);
   check_permute_output(kPermute, p, used);
-  return py::make_tuple(std::move(out_x), std::move(inverse), std::move(groups));
+  return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
 }
 
 void run_permute(const RoutingKernel& kernel, py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
@@ -164,8 +162,8 @@ py::object prepare_unpermute(py::handle y, py::handle inverse, py::handle weight
   check_unpermute(kUnpermute, p);
   if (out.is_none())
     return allocate(y, device, p.inverse.rows, p.y.cols, dtype_argument(kUnpermute, out_dtype, p.y.dtype));
-  check_plain(kUnpermute, "out", out);
   p.out = matrix(kUnpermute, "out", out, device);
+  check_plain(kUnpermute, "out", out);
   check_unpermute_output(kUnpermute, p);
   const Dtype wanted = dtype_argument(kUnpermute, out_dtype, p.out.dtype);
   check<TypeError>(wanted == p.out.dtype, kUnpermute, ": out has dtype ", name_of(p.out.dtype), " but out_dtype is ",

@@ -105,8 +105,8 @@ struct ExpertsProblem {
   bool quantize = false;         // x, unless it is FP8 already, and h, 1x128 to e4m3fn
   bool weight_on_input = false;  // weights[t, j] x[t] instead of weights[t, j] y: exact, the products are scaled
   bool reduce = true;
-  Matrix out;                    // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
-  Matrix workspace;              // u8 [1, bytes], or empty: the kernel's own memory
+  Matrix out;        // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
+  Matrix workspace;  // u8 [1, bytes], or empty: the kernel's own memory
   int threads = 1;
 
   int64_t tokens() const { return x.rows; }

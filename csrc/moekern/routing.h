@@ -34,8 +34,8 @@ inline void check_gate(const char* op, const GateProblem& p) {
         std::min<int64_t>(kMaxTopk, experts), ", with ", experts, " experts");
   check(p.groups >= 1 && experts % p.groups == 0, op, ": num_expert_group is ", p.groups, "; it must divide ", experts,
         ", the number of experts");
-  check(p.kept_groups >= 1 && p.kept_groups <= p.groups, op, ": topk_group is ", p.kept_groups,
-        "; it must be in 1 .. ", p.groups, ", the number of groups");
+  check(p.kept_groups >= 1 && p.kept_groups <= p.groups, op, ": topk_group is ", p.kept_groups, "; it must be in 1 .. ",
+        p.groups, ", the number of groups");
   check(std::isfinite(p.routed_scaling_factor), op, ": routed_scaling_factor is ", p.routed_scaling_factor,
         "; it must be finite");
   check(p.mask_value == 0 || p.mask_value == -INFINITY, op, ": mask_value is ", p.mask_value, "; it is -inf or 0");
@@ -44,8 +44,8 @@ inline void check_gate(const char* op, const GateProblem& p) {
   if (!p.correction_bias) return;
   check<TypeError>(is_float(p.correction_bias.dtype), op, ": correction_bias has dtype ",
                    name_of(p.correction_bias.dtype), "; it is f32, f16 or bf16");
-  check(p.correction_bias.cols == experts, op, ": correction_bias has ", p.correction_bias.cols, " elements; there are ",
-        experts, " experts");
+  check(p.correction_bias.cols == experts, op, ": correction_bias has ", p.correction_bias.cols,
+        " elements; there are ", experts, " experts");
   check(p.kept_groups == p.groups || size >= 2, op, ": num_expert_group is ", p.groups,
         ", which leaves one expert a group; with a correction_bias a group counts by its two best");
 }
@@ -66,9 +66,8 @@ inline void check_gate_output(const char* op, const GateProblem& p) {
 
 // All but the outputs; then the values of ids and expert_map.
 inline void check_permute(const char* op, const PermuteProblem& p, int64_t experts) {
-  check<TypeError>(is_float(p.x.dtype) || (is_fp8(p.x.dtype) && p.sx.values), op, ": x has dtype ",
-                   name_of(p.x.dtype), is_fp8(p.x.dtype) ? " but no scale" : "",
-                   "; it is f32, f16 or bf16, or FP8 with a scale");
+  check<TypeError>(is_float(p.x.dtype) || (is_fp8(p.x.dtype) && p.sx.values), op, ": x has dtype ", name_of(p.x.dtype),
+                   is_fp8(p.x.dtype) ? " but no scale" : "", "; it is f32, f16 or bf16, or FP8 with a scale");
   check<TypeError>(!is_float(p.x.dtype) || !p.sx.values, op, ": x has dtype ", name_of(p.x.dtype),
                    " and a scale; only FP8 data is scaled");
   if (p.sx.values) {

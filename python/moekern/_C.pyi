@@ -91,8 +91,7 @@ def prepare_gate(
     kept_groups: int,
     routed_scaling_factor: float,
     mask_value: float,
-    weights: torch.Tensor | None,
-    ids: torch.Tensor | None,
+    out: tuple[torch.Tensor, torch.Tensor] | None,
     /,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def prepare_permute(
@@ -102,8 +101,7 @@ def prepare_permute(
     alignment: int,
     expert_map: torch.Tensor | None,
     rows: int,
-    out_x: torch.Tensor | ScaledTensor | None,
-    inverse: torch.Tensor | None,
+    out: tuple[Any, Any, torch.Tensor] | None,
     /,
 ) -> tuple[torch.Tensor | ScaledTensor, torch.Tensor, torch.Tensor]: ...
 def prepare_unpermute(

@@ -1,5 +1,6 @@
 // Routing of tokens: the gate, the gathering of rows by expert, their weighted sum by token. Next: moe/gate.cpp and
-// moe/permute.cpp, compiled once; they call through the tables that moe/<isa>.cpp fill from moe/select.h and moe/move.h.
+// moe/permute.cpp, compiled once; they call through the tables that moe/<isa>.cpp fill from moe/select.h and
+// moe/move.h.
 #pragma once
 #include <cstdint>
 

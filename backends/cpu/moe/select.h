@@ -62,7 +62,8 @@ inline void fill(int32_t* keys, int n, uint32_t key) {
   for (int i = 0; i < n; i += W) store_i32(keys + i, value);
 }
 
-// The two largest of a group, largest first. The lanes' own two largest are kept apart, so that equal values count twice.
+// The two largest of a group, largest first. The lanes' own two largest are kept apart, so that equal values count
+// twice.
 inline void best_two(const int32_t* keys, int n, uint32_t* two) {
   I32 first = load_i32(keys), second = set1_i32(kNone);
   for (int i = W; i < n; i += W) {

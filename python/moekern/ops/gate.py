@@ -51,7 +51,7 @@ def _prepare(
     out = Routing(
         *_C.prepare_gate(
             logits, topk, scoring == "sigmoid", correction_bias, num_expert_group, topk_group, routed_scaling_factor,
-            mask_value, *(out or (None, None)),
+            mask_value, out,
         )
     )  # fmt: skip
     return (

@@ -54,9 +54,8 @@ def _prepare_permute(
         raise ValueError(f"{name}: ids has {ids.dim()} dimensions; it must have 2")
     if out is not None and not (isinstance(out, tuple) and len(out) == 3):
         raise TypeError(f"{name}: out is a {type(out).__name__}; it must be a Permuted")
-    given = (None, None) if out is None else (out[0], out[2])
     rows = permuted_rows(*ids.shape, num_experts, alignment)
-    moved, inverse, groups = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, rows, *given)
+    moved, inverse, groups = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, rows, out)
     layout = GroupedLayout(groups[0], groups[1], moved.shape[0], alignment)
     return x, ids, num_experts, alignment, expert_map, Permuted(moved, layout, inverse)
 
