@@ -108,7 +108,7 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   const int64_t used = count_experts(p, starts, starts + experts, experts);
   if (out.is_none()) {
     check(rows <= INT32_MAX, kPermute, ": ids and alignment take ", rows, " rows; the inverse map counts to 2^31 - 1");
-    const py::handle like = is_scaled(x) ? py::handle(x.attr("data")) : x;
+    const py::object like = is_scaled(x) ? x.attr("data") : py::reinterpret_borrow<py::object>(x);
     py::object moved = allocate(like, device, rows, p.x.cols, p.x.dtype);
     if (is_scaled(x))
       moved = runtime().scaled_tensor(moved, allocate(like, device, rows, p.sx.values.cols, p.sx.values.dtype),
