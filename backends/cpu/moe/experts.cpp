@@ -30,7 +30,6 @@ namespace {
 
 constexpr int64_t kChunkBytes = 64 << 20;  // of a chunk's hidden states, and of its normalised x
 constexpr int64_t kPanelBytes = 4 << 20;   // of the activations that a thread packs for one expert
-constexpr int64_t kResultCols = 64;        // of a task's sums, for all tokens of a chunk
 
 bool is_quantised(const ExpertsProblem& p) { return p.quantize || is_fp8(p.x.dtype); }
 
@@ -109,20 +108,13 @@ class Blocks {
   int64_t count_ = 0;
 };
 
-// The activations of the group that a thread packed last.
-const PackedActivations& packed_rows(const GemmIsa& isa, const GemmProblem& p, uint64_t call, const Group* group) {
-  static thread_local struct {
-    uint64_t call = 0;
-    const Group* group = nullptr;
-    PackedActivations a{};
-  } kept;
-  if (kept.call == call && kept.group == group) return kept.a;
-  kept.call = call;
-  kept.group = group;
-  kept.a =
+// The rows of a product for the packed GEMM, in the thread's own memory. They are packed anew for every block of 128
+// columns and more, which costs 1 to 2% of multiplying them.
+PackedActivations packed_rows(const GemmIsa& isa, const GemmProblem& p) {
+  const PackedActivations a =
       packed_activations(isa.panel, p.m(), p.k(), scratch_of<char>(Slot::panel, packed_bytes(isa.panel, p.m(), p.k())));
-  for (int64_t i = 0; i < p.m(); ++i) pack_activations(isa, p, i, kept.a, i);
-  return kept.a;
+  for (int64_t i = 0; i < p.m(); ++i) pack_activations(isa, p, i, a, i);
+  return a;
 }
 
 class Chunk {
@@ -266,15 +258,24 @@ class Chunk {
     return *reinterpret_cast<const float*>(p_.weights.at(slot / k(), slot % k()));
   }
 
+  // A group's rows as its kernel takes them.
+  struct Rows {
+    StreamedActivations streamed;
+    PackedActivations packed;
+  };
+  Rows rows_of(const Group& g, const GemmProblem& p, const StreamedActivations& streamed) const {
+    return {streamed, g.streamed ? PackedActivations{} : packed_rows(*isa_.packed, p)};
+  }
+
   // sums[i * ld + j] = row i of the group's product, column j0 + j of the projection; returns ld.
-  int64_t block(const Group& g, const GemmProblem& p, const Projection& w, const StreamedActivations& streamed,
-                uint64_t call, int64_t j0, int64_t cols, const char* next, float* sums) const {
-    if (!g.streamed) {
-      packed_block(*isa_.packed, p, packed_rows(*isa_.packed, p, call, &g), 0, g.rows, w.first + j0, cols, sums);
-      return round_up(cols, isa_.packed->nr);
+  int64_t block(const Group& g, const GemmProblem& p, const Rows& rows, int64_t j0, int64_t cols, const char* next,
+                float* sums) const {
+    if (g.streamed) {
+      streamed_block(*isa_.stream, p, rows.streamed, j0, cols, next, sums, cols);
+      return cols;
     }
-    streamed_block(*isa_.stream, p, streamed, call, w.first + j0, cols, next, sums, cols);
-    return cols;
+    packed_block(*isa_.packed, p, rows.packed, 0, g.rows, j0, cols, sums);
+    return round_up(cols, isa_.packed->nr);
   }
 
   static void add_bias(const RowOps& rows, const Projection& w, int64_t j0, int64_t n, float* sums) {
@@ -290,7 +291,6 @@ class Chunk {
 
   void hidden_states() {
     const RowOps& rows = *isa_.packed->rows;
-    const uint64_t call = new_call();
     StreamedActivations x{};
     if (any_streamed_) {
       Matrix chunk = x_;
@@ -304,9 +304,11 @@ class Chunk {
       }
       x = from_row(streamed_rows(chunk, scales), -first);
     }
+    int64_t rows_of_weights = 0;
+    for (const Group& g : groups_) rows_of_weights += g.expert->gate.count;
+    const int64_t width = streamed_task_rows(rows_of_weights, p_.threads);
     Blocks blocks;
-    for (const Group& g : groups_)
-      blocks.add(g.expert->gate.count, g.streamed ? streamed_task_rows(*isa_.stream, g.gate) : kTaskCols);
+    for (const Group& g : groups_) blocks.add(g.expert->gate.count, width);
     parallel_for(p_.threads, blocks.count(), [&](int64_t task) {
       const size_t at = blocks.group(task);
       const Group& g = groups_[at];
@@ -317,9 +319,10 @@ class Chunk {
       float* ups = gates + room;
       const Group& after = groups_[j0 + cols < gate.count || at + 1 == groups_.size() ? at : at + 1];
       const int64_t next = &after == &g ? j0 + cols : 0;
-      block(g, g.gate, gate, x, call, j0, cols, g.up.b.at(up.first + j0, 0), gates);
+      const Rows own = rows_of(g, g.gate, x);
+      block(g, g.gate, own, gate.first + j0, cols, g.up.b.at(up.first + j0, 0), gates);
       const int64_t ld =
-          block(g, g.up, up, x, call, j0, cols, after.gate.b.at(after.expert->gate.first + next, 0), ups);
+          block(g, g.up, own, up.first + j0, cols, after.gate.b.at(after.expert->gate.first + next, 0), ups);
       for (int64_t i = 0; i < g.rows; ++i) {
         float *a = gates + i * ld, *b = ups + i * ld;
         if (p_.weight_on_input) {
@@ -337,38 +340,39 @@ class Chunk {
     });
   }
 
-  // columns(j0, cols, body) calls body(group, sums, ld) for every group, its products of these columns complete.
+  // body(group, sums, ld) for every group, with its rows' products of these columns, biases added.
   template <class Body>
-  void each_group(const StreamedActivations& h, uint64_t call, int64_t j0, int64_t cols, const Body& body) const {
+  void each_group(const StreamedActivations& h, int64_t j0, int64_t cols, const Body& body) const {
     for (size_t at = 0; at < groups_.size(); ++at) {
       const Group& g = groups_[at];
       const bool last = at + 1 == groups_.size();
       const Group& after = groups_[last ? 0 : at + 1];
       const char* next = after.down.b.at(after.expert->down.first + j0 + (last ? cols : 0), 0);
       float* sums = scratch_of<float>(Slot::own_sums, g.rows * round_up(cols, isa_.packed->nr));
-      const StreamedActivations own = g.streamed ? from_row(h, g.first) : h;
-      const int64_t ld = block(g, g.down, g.expert->down, own, call, j0, cols, next, sums);
+      const Rows own = rows_of(g, g.down, from_row(h, g.first));
+      const int64_t ld = block(g, g.down, own, g.expert->down.first + j0, cols, next, sums);
       for (int64_t i = 0; i < g.rows; ++i) add_bias(*isa_.packed->rows, g.expert->down, j0, cols, sums + i * ld);
       body(g, sums, ld);
     }
   }
 
+  // body(h, j0, cols) for every block of the result's columns, in parallel.
   template <class Body>
   void each_columns(const Body& body) const {
     StreamedActivations h{};
     if (any_streamed_) h = streamed_rows(h_, sh_);
-    const uint64_t call = new_call();
-    parallel_for(p_.threads, ceil_div(hidden(), kResultCols), [&](int64_t task) {
-      const int64_t j0 = task * kResultCols;
-      body(h, call, j0, std::min(kResultCols, hidden() - j0));
+    const int64_t width = streamed_task_rows(hidden(), p_.threads);
+    parallel_for(p_.threads, ceil_div(hidden(), width), [&](int64_t task) {
+      const int64_t j0 = task * width;
+      body(h, j0, std::min(width, hidden() - j0));
     });
   }
 
   void results() const {
-    each_columns([&](const StreamedActivations& h, uint64_t call, int64_t j0, int64_t cols) {
+    each_columns([&](const StreamedActivations& h, int64_t j0, int64_t cols) {
       float* totals = scratch_of<float>(Slot::own_totals, tokens_ * cols);
       std::fill_n(totals, tokens_ * cols, 0.f);
-      each_group(h, call, j0, cols, [&](const Group& g, const float* sums, int64_t ld) {
+      each_group(h, j0, cols, [&](const Group& g, const float* sums, int64_t ld) {
         for (int64_t i = 0; i < g.rows; ++i) {
           const float w = p_.weight_on_input ? 1.f : weight(g, i);
           float* total = totals + (memory_.token_of[g.first + i] + x_first_ - first_) * cols;
@@ -382,11 +386,11 @@ class Chunk {
 
   // Without the sum: each slot's row, zeros where it is skipped.
   void rows_of_slots() const {
-    each_columns([&](const StreamedActivations& h, uint64_t call, int64_t j0, int64_t cols) {
-      const float zeros[kResultCols] = {};
+    each_columns([&](const StreamedActivations& h, int64_t j0, int64_t cols) {
+      const float zeros[kTaskCols] = {};
       for (int64_t s = first_ * k(); s < (first_ + tokens_) * k(); ++s)
         if (index_at(p_.ids, s / k(), s % k()) < 0) store_row(*isa_.packed->rows, zeros, cols, p_.out, s, j0);
-      each_group(h, call, j0, cols, [&](const Group& g, const float* sums, int64_t ld) {
+      each_group(h, j0, cols, [&](const Group& g, const float* sums, int64_t ld) {
         for (int64_t i = 0; i < g.rows; ++i)
           store_row(*isa_.packed->rows, sums + i * ld, cols, p_.out, memory_.slot_of[g.first + i], j0);
       });
