@@ -110,7 +110,7 @@ StreamedActivations streamed_activations(const GemmIsa& isa, const GemmProblem& 
 
 int64_t streamed_task_rows(int64_t n, int threads) {
   int64_t rows = kMaxTaskRows;
-  while (rows > kMinTaskRows && ceil_div(n, rows) < 8 * threads) rows /= 2;
+  while (rows > kMinTaskRows && ceil_div(n, rows) < 32 * threads) rows /= 2;
   return rows;
 }
 

@@ -226,6 +226,7 @@ class Chunk {
     const bool streamed =
         stream && !stream_refuses(*stream, gate) && !stream_refuses(*stream, up) && !stream_refuses(*stream, down);
     any_streamed_ |= streamed;
+    any_packed_ |= !streamed;
     const int64_t widest = std::max(hidden(), expert.gate.count);
     const int64_t fitting =
         std::max<int64_t>(kPanelBytes / packed_bytes(isa_.packed->panel, 1, widest), isa_.packed->mr);
@@ -308,7 +309,7 @@ class Chunk {
     for (const Group& g : groups_) rows_of_weights += g.expert->gate.count;
     const int64_t width = streamed_task_rows(rows_of_weights, p_.threads);
     Blocks blocks;
-    for (const Group& g : groups_) blocks.add(g.expert->gate.count, width);
+    for (const Group& g : groups_) blocks.add(g.expert->gate.count, g.streamed ? width : kTaskCols);
     parallel_for(p_.threads, blocks.count(), [&](int64_t task) {
       const size_t at = blocks.group(task);
       const Group& g = groups_[at];
@@ -361,7 +362,8 @@ class Chunk {
   void each_columns(const Body& body) const {
     StreamedActivations h{};
     if (any_streamed_) h = streamed_rows(h_, sh_);
-    const int64_t width = streamed_task_rows(hidden(), p_.threads);
+    // Narrow blocks balance the threads better, but every block packs its rows anew.
+    const int64_t width = any_packed_ ? kTaskCols : streamed_task_rows(hidden(), p_.threads);
     parallel_for(p_.threads, ceil_div(hidden(), width), [&](int64_t task) {
       const int64_t j0 = task * width;
       body(h, j0, std::min(width, hidden() - j0));
@@ -405,7 +407,7 @@ class Chunk {
   int64_t x_first_ = 0;  // the token of x_'s first row
   Matrix x_, h_;
   ScaleGrid sx_, sh_;
-  bool any_streamed_ = false;
+  bool any_streamed_ = false, any_packed_ = false;
   std::vector<Group> groups_;
 };
 
