@@ -146,7 +146,11 @@ def scaled(data: Any, scale: Any, block: Any = (0, 0)) -> Any:
 SCALED: dict[str, tuple[str, Callable[[], Any]]] = {
     "data None": ("data", lambda: scaled(None, grid(2, 3))),
     "data float": ("data", lambda: scaled(torch.zeros(N, K), grid(2, 3))),
-    "data 3-D": ("data", lambda: scaled(fp8(1, N, K), grid(2, 3))),
+    "data 1-D": ("data", lambda: scaled(fp8(K), grid(1))),
+    "data 4-D": ("data", lambda: scaled(fp8(1, 1, N, K), grid(1, 1, 2, 3))),
+    "scale of one matrix for a stack": ("scale", lambda: scaled(fp8(4, N, K), grid(2, 3))),
+    "scale of another stack": ("scale", lambda: scaled(fp8(4, N, K), grid(3, 2, 3))),
+    "scale of a scalar for a stack": ("scale", lambda: scaled(fp8(4, N, K), grid())),
     "scale None": ("scale", lambda: scaled(fp8(N, K), None)),
     "scale int": ("scale", lambda: scaled(fp8(N, K), torch.ones(2, 3, dtype=torch.int32))),
     "scale 3-D": ("scale", lambda: scaled(fp8(N, K), grid(1, 2, 3), (128, 128))),

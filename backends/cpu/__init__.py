@@ -6,10 +6,14 @@ import platform
 from typing import Any
 
 from moekern import _C
+from moekern import op as dispatcher
 from moekern.op import Device, Kernel
 from moekern.ops import (
     dequantize,
     fp8_gemm_nt,
+    k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
     per_token_cast_to_fp8,
@@ -26,6 +30,20 @@ def probe() -> list[Device]:
 
 def torch_devices(device: Device) -> list[str]:
     return ["cpu"]
+
+
+def _m_grouped(native: Any) -> Any:
+    def run(a: Any, b: Any, layout: Any, out: Any, out_dtype: Any) -> None:
+        native(a, b, layout, out, out_dtype, dispatcher.policy.batch_invariant)
+
+    return run
+
+
+def _k_grouped(native: Any) -> Any:
+    def run(a: Any, b: Any, layout: Any, c: Any, out: Any, out_dtype: Any) -> None:
+        native(a, b, layout, c, out, out_dtype, dispatcher.policy.batch_invariant)
+
+    return run
 
 
 def _cast(native: Any) -> Any:
@@ -45,6 +63,14 @@ def _dequantize(native: Any) -> Any:
 def register() -> None:
     for name, needs, run, refuses in _NATIVE["fp8_gemm_nt"]:
         fp8_gemm_nt.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
+    for name, needs, calls in _NATIVE["grouped"]:
+        for spec, adapt in (
+            (m_grouped_fp8_gemm_nt_contiguous, _m_grouped),
+            (m_grouped_fp8_gemm_nt_masked, _m_grouped),
+            (k_grouped_fp8_gemm_tn_contiguous, _k_grouped),
+        ):
+            native, refuses = calls[spec.name]
+            spec.add(Kernel(name, adapt(native), "cpu", needs, refuses))
     for name, needs, cast, silu_mul_cast, back in _NATIVE["cast"]:
         for spec in (per_token_cast_to_fp8, per_block_cast_to_fp8, per_channel_cast_to_fp8):
             spec.add(Kernel(name, _cast(cast), "cpu", needs))

@@ -7,15 +7,10 @@
 
 namespace moekern::cpu {
 
-#define MOEKERN_STREAM(ISA, NEEDS)
 #define MOEKERN_PACKED(ISA, NEEDS) \
   extern const GemmIsa k_##ISA;    \
   extern const LimitIsa k_limits_##ISA;
-#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 
 namespace {
 
@@ -23,6 +18,12 @@ template <const GemmIsa& kIsa> const char* stream_refuses(const GemmProblem& p) 
 template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
 template <const GemmIsa& kIsa> const char* packed_refuses(const GemmProblem& p) { return packed_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
+template <const GemmIsa& kIsa> const char* grouped_refuses(const GroupedGemmProblem& p) {
+  return grouped_refuses(kIsa, p);
+}
+template <const GemmIsa& kIsa, const GemmIsa& kStream> void run_grouped(const GroupedGemmProblem& p) {
+  gemm_grouped(kStream, kIsa, p);
+}
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
@@ -38,40 +39,33 @@ template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, ch
 constexpr GemmKernel kGemm[] = {
 #define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
 #define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
-#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
+};
+
+constexpr GroupedGemmKernel kGroupedGemm[] = {
+#define MOEKERN_GROUPED(ISA, STREAM, NEEDS) \
+  {"cpu." #ISA, NEEDS, grouped_refuses<k_##ISA>, run_grouped<k_##ISA, k_##STREAM>},
+#include "cpu/kernels.inc"
 };
 
 constexpr CastKernel kCast[] = {
-#define MOEKERN_STREAM(ISA, NEEDS)
-#define MOEKERN_PACKED(ISA, NEEDS)
 #define MOEKERN_CAST(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 };
 
 // Every ISA has a packed kernel.
 constexpr LimitLoops kLimits[] = {
-#define MOEKERN_STREAM(ISA, NEEDS)
 #define MOEKERN_PACKED(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_multiply_add<k_limits_##ISA>, run_read<k_limits_##ISA>, run_copy<k_limits_##ISA>},
-#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 };
 
 }  // namespace
 
 const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
+                                {kGroupedGemm, sizeof kGroupedGemm / sizeof *kGroupedGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
                                 {kLimits, sizeof kLimits / sizeof *kLimits},
                                 {kFeatures, sizeof kFeatures / sizeof *kFeatures},

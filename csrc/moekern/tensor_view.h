@@ -17,6 +17,14 @@ struct Matrix {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// `count` matrices alike, `stride` elements from one to the next.
+struct Stack {
+  Matrix matrix;  // the first
+  int64_t count = 1, stride = 0;
+
+  char* data(int64_t i) const { return matrix.data + i * stride * size_of(matrix.dtype); }
+};
+
 // values(i, j) is the decode multiplier of the block_rows x block_cols block (i, j): x ~ q * s.
 struct ScaleGrid {
   Matrix values;  // f32 or ue8m0; empty when the operand has no scale

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Device",
     "GroupedLayout",
+    "GroupedWeights",
     "Kernel",
     "NotSupported",
     "Op",
@@ -18,6 +19,9 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
@@ -42,6 +46,9 @@ try:
         fp8_gemm_nt,
         fp8_gemm_tn,
         fp8_gemm_tt,
+        k_grouped_fp8_gemm_tn_contiguous,
+        m_grouped_fp8_gemm_nt_contiguous,
+        m_grouped_fp8_gemm_nt_masked,
         per_block_cast_to_fp8,
         per_channel_cast_to_fp8,
         per_token_cast_to_fp8,
@@ -51,6 +58,7 @@ try:
     from moekern.policy import from_environment as _from_environment
     from moekern.runtime import connect as _connect
     from moekern.scaled import ScaledTensor
+    from moekern.weights import GroupedWeights
 
     # After the ops, which backends add kernels to.
     from moekern.backends import devices  # isort: skip
