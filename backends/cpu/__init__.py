@@ -11,6 +11,7 @@ from moekern.op import Device, Kernel
 from moekern.ops import (
     dequantize,
     fp8_gemm_nt,
+    fused_experts,
     k_grouped_fp8_gemm_tn_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
@@ -63,6 +64,8 @@ def _dequantize(native: Any) -> Any:
 def register() -> None:
     for name, needs, run, refuses in _NATIVE["fp8_gemm_nt"]:
         fp8_gemm_nt.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
+    for name, needs, run, refuses, workspace in _NATIVE["fused_experts"]:
+        fused_experts.add(Kernel(name, run, "cpu", needs, refuses, workspace=workspace))
     for name, needs, calls in _NATIVE["grouped"]:
         for spec, adapt in (
             (m_grouped_fp8_gemm_nt_contiguous, _m_grouped),

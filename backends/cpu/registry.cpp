@@ -2,6 +2,7 @@
 #include "cpu/features.h"
 #include "cpu/gemm/driver.h"
 #include "cpu/limits/driver.h"
+#include "cpu/moe/experts.h"
 #include "cpu/parallel.h"
 #include "cpu/quant/driver.h"
 
@@ -27,6 +28,8 @@ template <const GemmIsa& kIsa, const GemmIsa& kStream> void run_grouped(const Gr
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
+template <const GemmIsa& kIsa> const char* experts_refuse(const ExpertsProblem& p) { return experts_refuse(kIsa, p); }
+template <const GemmIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
 template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
@@ -54,6 +57,12 @@ constexpr CastKernel kCast[] = {
 #include "cpu/kernels.inc"
 };
 
+constexpr ExpertsKernel kExperts[] = {
+#define MOEKERN_PACKED(ISA, NEEDS) \
+  {"cpu." #ISA, NEEDS, experts_refuse<k_##ISA>, run_experts<k_##ISA>, experts_workspace_bytes},
+#include "cpu/kernels.inc"
+};
+
 // Every ISA has a packed kernel.
 constexpr LimitLoops kLimits[] = {
 #define MOEKERN_PACKED(ISA, NEEDS) \
@@ -67,6 +76,7 @@ const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
                                 {kGroupedGemm, sizeof kGroupedGemm / sizeof *kGroupedGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
+                                {kExperts, sizeof kExperts / sizeof *kExperts},
                                 {kLimits, sizeof kLimits / sizeof *kLimits},
                                 {kFeatures, sizeof kFeatures / sizeof *kFeatures},
                                 detect_features,

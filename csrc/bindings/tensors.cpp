@@ -8,6 +8,7 @@ Dtype dtype_of(dlpack::DataType t) {
   if (t.lanes != 1) return Dtype::other;
   switch (t.code) {
     case dlpack::kInt: return t.bits == 32 ? Dtype::i32 : t.bits == 64 ? Dtype::i64 : Dtype::other;
+    case dlpack::kUInt: return t.bits == 8 ? Dtype::u8 : Dtype::other;
     case dlpack::kFloat: return t.bits == 32 ? Dtype::f32 : t.bits == 16 ? Dtype::f16 : Dtype::other;
     case dlpack::kBfloat: return t.bits == 16 ? Dtype::bf16 : Dtype::other;
     case dlpack::kE4m3fn: return Dtype::e4m3fn;

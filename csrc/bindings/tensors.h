@@ -81,9 +81,11 @@ py::frozenset names_of(uint64_t bits, const Table<Feature>& features);
 void bind_gemm(py::module_& m);
 void bind_grouped(py::module_& m);
 void bind_casts(py::module_& m);
+void bind_experts(py::module_& m);
 py::list gemm_rows(const Backend& backend);
 py::list grouped_rows(const Backend& backend);
 py::list cast_rows(const Backend& backend);
+py::list experts_rows(const Backend& backend);
 py::list limit_rows(const Backend& backend);
 
 }  // namespace moekern

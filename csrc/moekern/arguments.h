@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "moekern/check.h"
 #include "moekern/kernel.h"
@@ -159,6 +160,77 @@ inline void check_cast(const char* op, const CastProblem& p, bool to_fp8, bool g
     check_apart(op, "out.scale", p.scale.values, "x", p.x);
     check_apart(op, "out.scale", p.scale.values, "out", p.q);
   }
+}
+
+// One projection of an expert: rows of FP8 weights with their scales, `outputs` of them over `inputs` columns.
+inline void check_projection(const char* op, const char* name, const Projection& w, int64_t outputs, int64_t inputs) {
+  check<TypeError>(is_fp8(w.weight.dtype), op, ": ", name, " has dtype ", name_of(w.weight.dtype),
+                   "; it is e4m3fn, e4m3fnuz or e5m2");
+  check(w.count == outputs && w.first >= 0 && w.first + w.count <= w.weight.rows && w.weight.cols == inputs, op, ": ",
+        name, " has shape ", shape_of(w.weight), "; rows [", w.first, ", ", w.first + outputs, ") of ", inputs,
+        " columns are needed");
+  check_grid(op, name, w.weight, w.scale);
+  if (!w.bias) return;
+  check(w.bias.rows == 1 && w.bias.cols == outputs, op, ": ", name, ".bias has ", w.bias.cols,
+        " elements; the projection has ", outputs, " outputs");
+  check<TypeError>(is_float(w.bias.dtype), op, ": ", name, ".bias has dtype ", name_of(w.bias.dtype),
+                   "; it is f32, f16 or bf16");
+}
+
+inline void check_experts(const char* op, const ExpertsProblem& p) {
+  check<TypeError>(is_fp8(p.x.dtype) || is_float(p.x.dtype), op, ": x has dtype ", name_of(p.x.dtype),
+                   "; it is e4m3fn, e4m3fnuz or e5m2 with a scale, or f32, f16 or bf16");
+  check<TypeError>(is_fp8(p.x.dtype) == static_cast<bool>(p.sx.values), op, ": x has dtype ", name_of(p.x.dtype),
+                   p.sx.values ? " and a scale; only FP8 data is scaled"
+                               : " but no scale; pass a ScaledTensor or a (data, scale) pair");
+  const int64_t hidden = p.experts->gate.weight.cols;
+  check(p.x.cols == hidden, op, ": x has shape ", shape_of(p.x), "; the experts take ", hidden, " columns");
+  if (p.sx.values) {
+    check(p.sx.block_rows == 1 && p.sx.block_cols == 128, op, ": x.block is (", p.sx.block_rows, ", ", p.sx.block_cols,
+          "); it must be (1, 128)");
+    check_grid(op, "x", p.x, p.sx);
+  }
+  check<TypeError>(is_index(p.ids.dtype), op, ": ids has dtype ", name_of(p.ids.dtype), "; it is i32 or i64");
+  check(p.ids.rows == p.x.rows, op, ": ids has shape ", shape_of(p.ids), "; x has ", p.x.rows, " rows");
+  if (p.weights) {
+    check<TypeError>(p.weights.dtype == Dtype::f32, op, ": weights has dtype ", name_of(p.weights.dtype),
+                     "; it must be f32");
+    check(p.weights.rows == p.ids.rows && p.weights.cols == p.ids.cols, op, ": weights has shape ", shape_of(p.weights),
+          "; ids has ", shape_of(p.ids));
+  }
+  if (p.num_shared) {
+    const int64_t taken = p.shared->gate.weight.cols;
+    check(taken == hidden, op, ": shared experts take ", taken, " columns; x has ", hidden);
+    check(p.reduce, op, ": shared experts are added to the sum over the slots, which reduce=False leaves out");
+  }
+}
+
+// What a call with these ids may read: experts, or nothing.
+inline void check_ids(const char* op, const char* name, const Matrix& ids, int64_t count) {
+  for (int64_t i = 0; i < ids.rows; ++i)
+    for (int64_t j = 0; j < ids.cols; ++j) {
+      const int64_t id = index_at(ids, i, j);
+      check(id >= -1 && id < count, op, ": ", name, "[", i, ", ", j, "] is ", id, "; it must be from 0 to ", count - 1,
+            ", or -1 for none");
+    }
+}
+
+inline void check_experts_output(const char* op, const ExpertsProblem& p) {
+  const int64_t rows = p.reduce ? p.tokens() : p.tokens() * p.top_k();
+  check(p.out.rows == rows && p.out.cols == p.hidden(), op, ": out has shape ", shape_of(p.out), "; the result's is [",
+        rows, ", ", p.hidden(), "]");
+  check<TypeError>(is_float(p.out.dtype), op, ": out has dtype ", name_of(p.out.dtype), "; it is f32, f16 or bf16");
+  check_output(op, "out", p.out);
+  check<TypeError>(!p.workspace || p.workspace.dtype == Dtype::u8, op, ": workspace has dtype ",
+                   name_of(p.workspace.dtype), "; it must be u8");
+  check(!p.workspace || p.workspace.cols <= 1 || p.workspace.col_stride == 1, op, ": workspace must be contiguous");
+  const std::pair<const char*, const Matrix*> operands[] = {
+      {"x", &p.x}, {"x.scale", &p.sx.values}, {"ids", &p.ids}, {"weights", &p.weights}};
+  for (const auto& [name, operand] : operands) {
+    check_apart(op, "out", p.out, name, *operand);
+    if (p.workspace) check_apart(op, "workspace", p.workspace, name, *operand);
+  }
+  if (p.workspace) check_apart(op, "workspace", p.workspace, "out", p.out);
 }
 
 }  // namespace moekern

@@ -1,6 +1,7 @@
 // What a native backend exports: rows of data. Selection happens in python/moekern/op.py, which is
 // the only dispatcher; csrc/bindings/ turns each row into a Python callable.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "moekern/tensor_view.h"
@@ -9,7 +10,9 @@ namespace moekern {
 
 // out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
 struct GemmProblem {
-  Matrix a;  // [m, k] FP8 with sa, or f32/f16/bf16 without
+  Matrix a;                         // [m, k] FP8 with sa, or f32/f16/bf16 without
+  const int32_t* a_rows = nullptr;  // with it, row i of the product is that of row a_rows[i] of a, for i < a_count
+  int64_t a_count = 0;
   ScaleGrid sa;
   Matrix b;  // [n, k] FP8
   ScaleGrid sb;
@@ -18,7 +21,8 @@ struct GemmProblem {
   Matrix out;   // [m, n]
   int threads = 1;
 
-  int64_t m() const { return a.rows; }
+  int64_t m() const { return a_rows ? a_count : a.rows; }
+  int64_t a_row(int64_t i) const { return a_rows ? a_rows[i] : i; }
   int64_t n() const { return b.rows; }
   int64_t k() const { return a.cols; }
 };
@@ -66,6 +70,48 @@ struct CastProblem {
   int threads = 1;
 };
 
+// The rows [first, first + count) of a weight matrix: a projection's outputs. Scales are looked up by the
+// row of `weight`, which a block may share with another projection.
+struct Projection {
+  Matrix weight;  // [rows, inputs] FP8
+  ScaleGrid scale;
+  Matrix bias;  // [1, count], or empty
+  int64_t first = 0, count = 0;
+};
+
+// Gate and up may be halves of one matrix, or every other row of one: views with twice its row stride.
+struct Expert {
+  Projection gate, up, down;
+};
+
+enum class Activation : uint8_t { swiglu, gelu, gelu_tanh };
+
+// out[t] = sum_j weights[t, j] y(experts[ids[t, j]], x[t]) + sum_s y(shared[s], x[t]), where of an expert
+//   g = min(gate x, limit), u = clamp(up x, +-limit), h = (u + beta) g sigmoid(alpha g) or gelu(g) u, y = down h,
+// biases included. h is rounded to x's dtype, or quantised; sums are f32, in the order of j.
+struct ExpertsProblem {
+  Matrix x;      // [t, inputs] f32, f16 or bf16, or FP8 with sx
+  ScaleGrid sx;  // 1x128
+  const Expert* experts = nullptr;
+  int64_t num_experts = 0;
+  const Expert* shared = nullptr;  // applied to every token
+  int64_t num_shared = 0;
+  Matrix ids;      // [t, k] i32 or i64: an expert, or -1 for none
+  Matrix weights;  // [t, k] f32, or empty: all 1
+  Activation activation = Activation::swiglu;
+  float alpha = 1, beta = 0, limit = INFINITY;
+  bool quantize = false;         // x, unless it is FP8 already, and h, 1x128 to e4m3fn
+  bool weight_on_input = false;  // weights[t, j] x[t] instead of weights[t, j] y: exact, the products are scaled
+  bool reduce = true;
+  Matrix out;        // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
+  Matrix workspace;  // u8 [1, bytes], or empty: the kernel's own memory
+  int threads = 1;
+
+  int64_t tokens() const { return x.rows; }
+  int64_t top_k() const { return ids.cols; }
+  int64_t hidden() const { return x.cols; }
+};
+
 struct GemmKernel {
   const char* name;
   uint64_t needs;
@@ -86,6 +132,14 @@ struct CastKernel {
   void (*cast)(const CastProblem&);
   void (*silu_mul_cast)(const CastProblem&);
   void (*dequantize)(const CastProblem&);
+};
+
+struct ExpertsKernel {
+  const char* name;
+  uint64_t needs;
+  const char* (*refuses)(const ExpertsProblem&);
+  void (*run)(const ExpertsProblem&);
+  int64_t (*workspace_bytes)(const ExpertsProblem&);  // for any values of operands of these shapes
 };
 
 // One stream, one with software prefetch, two streams: which is fastest depends on the machine, and on
@@ -120,6 +174,7 @@ struct Backend {
   Table<GemmKernel> gemm;
   Table<GroupedGemmKernel> grouped_gemm;
   Table<CastKernel> cast;
+  Table<ExpertsKernel> experts;
   Table<LimitLoops> limits;
   Table<Feature> features;
   uint64_t (*detect_features)();

@@ -25,6 +25,12 @@ struct Stack {
   char* data(int64_t i) const { return matrix.data + i * stride * size_of(matrix.dtype); }
 };
 
+// An element of an i32 or i64 matrix.
+inline int64_t index_at(const Matrix& m, int64_t row, int64_t col) {
+  const char* at = m.at(row, col);
+  return m.dtype == Dtype::i64 ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+}
+
 // values(i, j) is the decode multiplier of the block_rows x block_cols block (i, j): x ~ q * s.
 struct ScaleGrid {
   Matrix values;  // f32 or ue8m0; empty when the operand has no scale

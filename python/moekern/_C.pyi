@@ -18,6 +18,10 @@ class _NativeBackend(TypedDict):
     grouped: list[tuple[str, frozenset[str], dict[str, tuple[Callable[..., None], Callable[..., str | None]]]]]
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
+    # (name, needs, run, refuses, workspace -> bytes)
+    fused_experts: list[
+        tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None], Callable[..., int]]
+    ]
     # (name, needs, multiply_add -> floating-point operations done, [read(x)], copy(x, out)); for bench/
     limits: list[
         tuple[
@@ -88,6 +92,23 @@ def prepare_cast(
     gated: bool,
     /,
 ) -> tuple[torch.Tensor, ScaledTensor]: ...
+class ExpertTable:
+    def __init__(
+        self,
+        names: tuple[str, str, str],
+        gate: list[ScaledTensor],
+        up: list[ScaledTensor],
+        down: list[ScaledTensor],
+        gate_bias: list[torch.Tensor] | None,
+        up_bias: list[torch.Tensor] | None,
+        down_bias: list[torch.Tensor] | None,
+        up_first: int,
+        intermediate: int,
+        hidden: int,
+        /,
+    ) -> None: ...
+
+def prepare_experts(*call: Any) -> tuple[Any, ...]: ...
 def prepare_dequantize(
     x: ScaledTensor, out: torch.Tensor | None, out_dtype: torch.dtype | None, /
 ) -> tuple[ScaledTensor, torch.Tensor]: ...

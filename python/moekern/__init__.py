@@ -6,12 +6,14 @@ import sys as _sys
 __version__ = "0.1.0"
 __all__ = [
     "Device",
+    "ExpertWeights",
     "GroupedLayout",
     "GroupedWeights",
     "Kernel",
     "NotSupported",
     "Op",
     "ScaledTensor",
+    "batched_experts",
     "dequantize",
     "devices",
     "explain",
@@ -19,6 +21,8 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fused_experts",
+    "fused_experts_workspace",
     "k_grouped_fp8_gemm_tn_contiguous",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
@@ -38,14 +42,18 @@ def _serves_command() -> bool:
 
 _import_error: Exception | None = None
 try:
+    from moekern.experts import ExpertWeights
     from moekern.layout import GroupedLayout
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
+        batched_experts,
         dequantize,
         fp8_gemm_nn,
         fp8_gemm_nt,
         fp8_gemm_tn,
         fp8_gemm_tt,
+        fused_experts,
+        fused_experts_workspace,
         k_grouped_fp8_gemm_tn_contiguous,
         m_grouped_fp8_gemm_nt_contiguous,
         m_grouped_fp8_gemm_nt_masked,

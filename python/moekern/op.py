@@ -40,6 +40,7 @@ class Kernel:
     needs: frozenset[str] = frozenset()  # Device.features it cannot do without
     refuses: Callable[..., str | None] | None = None  # (call) -> a reason in plain words, or None to accept
     for_few_rows: bool = False  # refuses by the number of rows: left out when batch_invariant is asked for
+    workspace: Callable[..., int] | None = None  # (call) -> bytes of the caller's workspace that it takes
 
     def lacks(self, device: Device) -> str | None:
         if device.kind != self.kind:

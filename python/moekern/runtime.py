@@ -14,6 +14,7 @@ _NAMES: dict[torch.dtype, str] = {
     torch.float8_e8m0fnu: "ue8m0",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
     **FORMATS,
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}

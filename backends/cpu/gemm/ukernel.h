@@ -34,11 +34,11 @@ using TileFn = void (*)(int mr, int kc, const void* a, int64_t a_stride, const v
 // express (a NaN or an infinity). f32 panels hold value * 2^-(127 - bias), bf16 panels the value.
 using PackFn = bool (*)(Dtype, const uint8_t* const* rows, int kc, void* strip);
 
-// acc[r][i][0 .. 2 * lanes) (+)= the partial products of weight row r with activation row i over kc
-// elements. a: m rows of f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted
-// by `permute`. True as for PackFn. Weights are read once, in place, and nothing past kc is read;
-// `after` is where the caller means to go on, for prefetching only.
-using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after,
+// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc elements. a: m rows of
+// f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted by `permute`. True as for PackFn. Weights
+// are read once, in place, and nothing past kc is read; `ahead` bytes further on is what will be wanted next, for
+// prefetching only.
+using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead,
                           const float* a, int64_t a_stride, float* acc, bool first);
 
 struct Stream {
@@ -46,7 +46,7 @@ struct Stream {
   int pass_rows;  // activation rows that one pass of `run` takes at most
   StreamFn run;
   void (*permute)(const float* src, int64_t n, float* dst);      // n is a multiple of 4 * lanes
-  void (*reduce)(const float* acc, int64_t count, float* sums);  // count pairs of vectors -> count sums
+  void (*reduce)(const float* acc, int64_t count, float* sums);  // count vectors -> count sums
 };
 
 struct GemmIsa {

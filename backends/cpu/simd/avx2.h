@@ -19,6 +19,12 @@ using I32 = __m256i;
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 set1(float x) { return _mm256_set1_ps(x); }
 inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+// Read once and kept: compilers repeat a load as a memory operand of every use, and load ports are scarce.
+inline F32 load_once(const float* p) {
+  F32 x = load(p);
+  asm("" : "+x"(x));
+  return x;
+}
 inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }

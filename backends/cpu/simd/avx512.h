@@ -15,6 +15,14 @@ using I32 = __m512i;
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 set1(float x) { return _mm512_set1_ps(x); }
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+// Read once and kept: compilers repeat a load as a memory operand of every use, and load ports are scarce.
+inline F32 load_once(const float* p) {
+  F32 x = load(p);
+#if !defined(MOEKERN_EMULATE_ISA)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }

@@ -18,6 +18,7 @@ inline F32 as_f32(I32 x) { return vreinterpretq_f32_u32(x); }
 inline F32 zero() { return vdupq_n_f32(0.f); }
 inline F32 set1(float x) { return vdupq_n_f32(x); }
 inline F32 load(const float* p) { return vld1q_f32(p); }
+inline F32 load_once(const float* p) { return load(p); }
 inline void store(float* p, F32 x) { vst1q_f32(p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }

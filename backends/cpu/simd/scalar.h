@@ -21,6 +21,7 @@ inline F32 as_f32(I32 x) { return bits_float(x); }
 inline F32 zero() { return 0.f; }
 inline F32 set1(float x) { return x; }
 inline F32 load(const float* p) { return *p; }
+inline F32 load_once(const float* p) { return load(p); }
 inline void store(float* p, F32 x) { *p = x; }
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F32 mul(F32 a, F32 b) { return a * b; }

@@ -20,6 +20,7 @@ inline F32 as_f32(I32 x) { return svreinterpret_f32_u32(x); }
 inline F32 zero() { return svdup_n_f32(0.f); }
 inline F32 set1(float x) { return svdup_n_f32(x); }
 inline F32 load(const float* p) { return svld1_f32(all(), p); }
+inline F32 load_once(const float* p) { return load(p); }
 inline void store(float* p, F32 x) { svst1_f32(all(), p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return svmla_f32_x(all(), c, a, b); }
 inline F32 mul(F32 a, F32 b) { return svmul_f32_x(all(), a, b); }

@@ -1,5 +1,6 @@
 """Specs: signature, docstring and float64 reference of every op. Kernels live in moekern.backends."""
 
+from moekern.ops.experts import batched_experts, fused_experts, fused_experts_workspace
 from moekern.ops.gemm import fp8_gemm_nn, fp8_gemm_nt, fp8_gemm_tn, fp8_gemm_tt
 from moekern.ops.grouped import (
     k_grouped_fp8_gemm_tn_contiguous,
@@ -24,15 +25,19 @@ OPS = (
     per_channel_cast_to_fp8,
     silu_mul_cast_to_fp8,
     dequantize,
+    fused_experts,
 )
 
 __all__ = [
     "OPS",
+    "batched_experts",
     "dequantize",
     "fp8_gemm_nn",
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fused_experts",
+    "fused_experts_workspace",
     "k_grouped_fp8_gemm_tn_contiguous",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
