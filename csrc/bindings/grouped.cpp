@@ -274,7 +274,9 @@ py::tuple prepare_m_grouped(bool masked, py::object a, py::object b, py::object 
   const Stack d = operands.out(out);
   if (!fresh) {
     check_plain(op, "out", out);
-    check_grouped_output(op, d, {rows.rows, n}, masked ? operands.l.groups : 1);
+    const Shape shape{rows.rows, n};
+    masked ? check_product_output(op, d, d.matrix.dtype, StackShape{operands.l.groups, shape})
+           : check_product_output(op, d.matrix, d.matrix.dtype, shape);
     check_apart_from_operands(op, d, operands.a, operands.b);
     check_out_dtype(op, out_dtype, d.matrix.dtype);
   }
@@ -333,8 +335,8 @@ struct KGrouped {
     check(a.data.matrix.rows == l.rows, kKGrouped, ": a has ", a.data.matrix.rows, " rows; the layout is of ", l.rows);
     check(b.data.matrix.rows == l.rows, kKGrouped, ": b has ", b.data.matrix.rows, " rows; the layout is of ", l.rows);
     if (c.matrix)
-      check(c.count == l.groups && c.matrix.rows == m() && c.matrix.cols == n(), kKGrouped, ": c has shape ",
-            shape_of(c), "; the product's is ", StackShape{l.groups, {m(), n()}});
+      check(shape_of(c) == StackShape{l.groups, {m(), n()}}, kKGrouped, ": c has shape ", shape_of(c),
+            "; the product's is ", StackShape{l.groups, {m(), n()}});
     check_gemm(kKGrouped, shared());
   }
 
@@ -368,7 +370,7 @@ py::tuple prepare_k_grouped(py::object a, py::object b, py::object layout, py::o
   const Stack d = stack(kKGrouped, "out", out, operands.device);
   if (!fresh) {
     check_plain(kKGrouped, "out", out);
-    check_grouped_output(kKGrouped, d, shape, operands.l.groups);
+    check_product_output(kKGrouped, d, d.matrix.dtype, StackShape{operands.l.groups, shape});
     const Matrix whole = hull(d), addend = hull(operands.c);
     check_apart(kKGrouped, "out", whole, "a", operands.a.data.matrix);
     check_apart(kKGrouped, "out", whole, "a.scale", operands.a.scale.matrix);

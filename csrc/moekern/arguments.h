@@ -129,11 +129,11 @@ inline int64_t grid_row(const char* op, const char* name, const ScaleGrid& grid,
   return start / grid.block_rows;
 }
 
-inline void check_grouped_output(const char* op, const Stack& out, Shape expected, int64_t count) {
-  check(out.count == count && out.matrix.rows == expected.rows && out.matrix.cols == expected.cols, op,
-        ": out has shape ", shape_of(out), "; the product's is ", StackShape{count, expected});
-  check<TypeError>(is_float(out.matrix.dtype), op, ": out has dtype ", name_of(out.matrix.dtype),
-                   "; it is f32, f16 or bf16");
+// out: a Matrix or a Stack, whose shape should be `expected`.
+template <class Out, class Expected>
+void check_product_output(const char* op, const Out& out, Dtype dtype, const Expected& expected) {
+  check(shape_of(out) == expected, op, ": out has shape ", shape_of(out), "; the product's is ", expected);
+  check<TypeError>(is_float(dtype), op, ": out has dtype ", name_of(dtype), "; it is f32, f16 or bf16");
   check_output(op, "out", out);
 }
 

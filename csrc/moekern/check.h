@@ -37,6 +37,7 @@ struct Shape {
 inline std::ostream& operator<<(std::ostream& out, const Shape& s) {
   return out << "[" << s.rows << ", " << s.cols << "]";
 }
+inline bool operator==(const Shape& a, const Shape& b) { return a.rows == b.rows && a.cols == b.cols; }
 inline Shape shape_of(const Matrix& m) { return {m.rows, m.cols}; }
 
 struct StackShape {
@@ -46,6 +47,7 @@ struct StackShape {
 inline std::ostream& operator<<(std::ostream& out, const StackShape& s) {
   return out << "[" << s.count << ", " << s.matrix.rows << ", " << s.matrix.cols << "]";
 }
+inline bool operator==(const StackShape& a, const StackShape& b) { return a.count == b.count && a.matrix == b.matrix; }
 inline StackShape shape_of(const Stack& s) { return {s.count, shape_of(s.matrix)}; }
 
 // The bytes from the first element to the last, for finding overlaps.

@@ -19,9 +19,7 @@ class _NativeBackend(TypedDict):
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
     # (name, needs, run, refuses, workspace -> bytes)
-    fused_experts: list[
-        tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None], Callable[..., int]]
-    ]
+    fused_experts: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None], Callable[..., int]]]
     # (name, needs, multiply_add -> floating-point operations done, [read(x)], copy(x, out)); for bench/
     limits: list[
         tuple[
@@ -92,6 +90,7 @@ def prepare_cast(
     gated: bool,
     /,
 ) -> tuple[torch.Tensor, ScaledTensor]: ...
+
 class ExpertTable:
     def __init__(
         self,

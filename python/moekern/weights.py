@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moekern import _C
-from moekern.scaled import ScaledTensor, as_scaled
+from moekern.scaled import ScaledTensor, as_scaled, parts
 
 
 class GroupedWeights:
@@ -75,19 +75,34 @@ class GroupedWeights:
         return ScaledTensor(self.data[g], self.scale[g], self.block)
 
 
+def _is_list(x: Any) -> bool:
+    """Whether x is a list of matrices: not the pair (data, scale) of a stack."""
+    if not isinstance(x, (list, tuple)):
+        return False
+    return len(x) != 2 or isinstance(x[0], (ScaledTensor, list, tuple))
+
+
 def as_weights(x: Any, op: str, name: str) -> ScaledTensor | GroupedWeights:
     """A stack, or GroupedWeights for a list of matrices. Errors begin with `op: name`."""
     if isinstance(x, (ScaledTensor, GroupedWeights)):
         return x
-    if isinstance(x, (list, tuple)) and (not x or isinstance(x[0], (ScaledTensor, list, tuple))):
+    if _is_list(x):
         weights = GroupedWeights.__new__(GroupedWeights)
         weights._fill(x, op, name)
         return weights
     return as_scaled(x, f"{op}: {name}")
 
 
-def from_parts(data: list[torch.Tensor], scale: list[torch.Tensor], block: list[int], op: str) -> Any:
-    """What as_weights returns, of tensors that once were its parts: one tensor is a stack."""
+def to_lists(x: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], list[int]]:
+    """(data, scale, block) for torch.library: a list of one stack, or of a matrix for every group."""
+    if isinstance(x, GroupedWeights):
+        return list(x.data), list(x.scale), list(x.block)
+    matrices = [parts(matrix) for matrix in x] if _is_list(x) else [parts(x)]
+    return [m[0] for m in matrices], [m[1] for m in matrices], list(matrices[0][2])
+
+
+def from_lists(data: list[torch.Tensor], scale: list[torch.Tensor], block: list[int], op: str) -> Any:
+    """What to_lists was given, as as_weights returns it."""
     if len(data) == 1 and data[0].dim() == 3:
         return ScaledTensor(data[0], scale[0], (block[0], block[1]))
     weights = GroupedWeights.__new__(GroupedWeights)
