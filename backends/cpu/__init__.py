@@ -6,7 +6,6 @@ import platform
 from typing import Any
 
 from moekern import _C
-from moekern import op as dispatcher
 from moekern.op import Device, Kernel
 from moekern.ops import (
     dequantize,
@@ -33,20 +32,6 @@ def torch_devices(device: Device) -> list[str]:
     return ["cpu"]
 
 
-def _m_grouped(native: Any) -> Any:
-    def run(a: Any, b: Any, layout: Any, out: Any, out_dtype: Any) -> None:
-        native(a, b, layout, out, out_dtype, dispatcher.policy.batch_invariant)
-
-    return run
-
-
-def _k_grouped(native: Any) -> Any:
-    def run(a: Any, b: Any, layout: Any, c: Any, out: Any, out_dtype: Any) -> None:
-        native(a, b, layout, c, out, out_dtype, dispatcher.policy.batch_invariant)
-
-    return run
-
-
 def _cast(native: Any) -> Any:
     def run(x: Any, format: str, round_scale_up: bool, out: Any) -> None:
         native(x, out, round_scale_up)
@@ -65,15 +50,15 @@ def register() -> None:
     for name, needs, run, refuses in _NATIVE["fp8_gemm_nt"]:
         fp8_gemm_nt.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
     for name, needs, run, refuses, workspace in _NATIVE["fused_experts"]:
-        fused_experts.add(Kernel(name, run, "cpu", needs, refuses, workspace=workspace))
+        for_few = name.endswith("_stream")
+        fused_experts.add(Kernel(name, run, "cpu", needs, refuses, for_few, workspace=workspace))
     for name, needs, calls in _NATIVE["grouped"]:
-        for spec, adapt in (
-            (m_grouped_fp8_gemm_nt_contiguous, _m_grouped),
-            (m_grouped_fp8_gemm_nt_masked, _m_grouped),
-            (k_grouped_fp8_gemm_tn_contiguous, _k_grouped),
-        ):
-            native, refuses = calls[spec.name]
-            spec.add(Kernel(name, adapt(native), "cpu", needs, refuses))
+        for spec in (m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked):
+            run, refuses = calls[spec.name]
+            spec.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
+        run, refuses = calls[k_grouped_fp8_gemm_tn_contiguous.name]
+        if not name.endswith("_stream"):  # which takes weights that are contiguous along k, not gradients
+            k_grouped_fp8_gemm_tn_contiguous.add(Kernel(name, run, "cpu", needs, refuses))
     for name, needs, cast, silu_mul_cast, back in _NATIVE["cast"]:
         for spec in (per_token_cast_to_fp8, per_block_cast_to_fp8, per_channel_cast_to_fp8):
             spec.add(Kernel(name, _cast(cast), "cpu", needs))

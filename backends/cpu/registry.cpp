@@ -19,17 +19,21 @@ template <const GemmIsa& kIsa> const char* stream_refuses(const GemmProblem& p) 
 template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
 template <const GemmIsa& kIsa> const char* packed_refuses(const GemmProblem& p) { return packed_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
-template <const GemmIsa& kIsa> const char* grouped_refuses(const GroupedGemmProblem& p) {
-  return grouped_refuses(kIsa, p);
+template <const GemmIsa* kStream, const GemmIsa& kPacked>
+const char* grouped_refuses(const GroupedGemmProblem& p) {
+  return grouped_refuses(kStream, kPacked, p);
 }
-template <const GemmIsa& kIsa, const GemmIsa& kStream> void run_grouped(const GroupedGemmProblem& p) {
-  gemm_grouped(kStream, kIsa, p);
+template <const GemmIsa* kStream, const GemmIsa& kPacked> void run_grouped(const GroupedGemmProblem& p) {
+  gemm_grouped(kStream, kPacked, p);
 }
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
-template <const GemmIsa& kIsa> const char* experts_refuse(const ExpertsProblem& p) { return experts_refuse(kIsa, p); }
-template <const GemmIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
+template <const ExpertsIsa& kIsa>
+const char* experts_refuse(const ExpertsProblem& p) {
+  return experts_refuse(kIsa, p);
+}
+template <const ExpertsIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
 template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
@@ -39,6 +43,9 @@ template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, ch
   limit_copy(kIsa, src, bytes, dst, threads);
 }
 
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) constexpr ExpertsIsa k_experts_##NAME{STREAM, &PACKED};
+#include "cpu/kernels.inc"
+
 constexpr GemmKernel kGemm[] = {
 #define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
 #define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
@@ -46,8 +53,8 @@ constexpr GemmKernel kGemm[] = {
 };
 
 constexpr GroupedGemmKernel kGroupedGemm[] = {
-#define MOEKERN_GROUPED(ISA, STREAM, NEEDS) \
-  {"cpu." #ISA, NEEDS, grouped_refuses<k_##ISA>, run_grouped<k_##ISA, k_##STREAM>},
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
+  {"cpu." #NAME, NEEDS, grouped_refuses<STREAM, PACKED>, run_grouped<STREAM, PACKED>},
 #include "cpu/kernels.inc"
 };
 
@@ -58,8 +65,8 @@ constexpr CastKernel kCast[] = {
 };
 
 constexpr ExpertsKernel kExperts[] = {
-#define MOEKERN_PACKED(ISA, NEEDS) \
-  {"cpu." #ISA, NEEDS, experts_refuse<k_##ISA>, run_experts<k_##ISA>, experts_workspace_bytes},
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
+  {"cpu." #NAME, NEEDS, experts_refuse<k_experts_##NAME>, run_experts<k_experts_##NAME>, experts_workspace_bytes},
 #include "cpu/kernels.inc"
 };
 

@@ -399,7 +399,7 @@ const GroupedGemmProblem& k_grouped_problem(py::handle a, py::handle b, py::hand
 
 // ---- kernels -----------------------------------------------------------------------------------------
 
-void run_grouped(const GroupedGemmKernel& kernel, const GroupedGemmProblem& problem, bool batch_invariant) {
+void run_grouped(const GroupedGemmKernel& kernel, const GroupedGemmProblem& problem) {
   GroupedGemmProblem p = problem;
   current.operands = {};
   if (p.count == 0) return;
@@ -407,7 +407,6 @@ void run_grouped(const GroupedGemmKernel& kernel, const GroupedGemmProblem& prob
   for (int64_t g = 0; g < p.count; ++g)
     work += p.shared.n() * std::max<int64_t>(p.groups[g].k, 1) * (1 + p.groups[g].m / 4);
   p.threads = threads_for(work);
-  p.batch_invariant = batch_invariant;
   py::gil_scoped_release release;
   kernel.run(p);
 }
@@ -417,12 +416,11 @@ py::object refuse_grouped(const GroupedGemmKernel& kernel, const GroupedGemmProb
   return reason ? py::object(py::str(reason)) : py::object(py::none());
 }
 
-// (run, refuses). `run` takes one argument more than the op: batch_invariant.
+// (run, refuses)
 py::tuple m_grouped_row(const GroupedGemmKernel& kernel, const char* op) {
   return py::make_tuple(
-      py::cpp_function([&kernel, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle,
-                                     bool batch_invariant) {
-        run_grouped(kernel, m_grouped_problem(op, a, b, layout, out), batch_invariant);
+      py::cpp_function([&kernel, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
+        run_grouped(kernel, m_grouped_problem(op, a, b, layout, out));
       }),
       py::cpp_function([&kernel, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
         return refuse_grouped(kernel, m_grouped_problem(op, a, b, layout, out));
@@ -430,14 +428,13 @@ py::tuple m_grouped_row(const GroupedGemmKernel& kernel, const char* op) {
 }
 
 py::tuple k_grouped_row(const GroupedGemmKernel& kernel) {
-  return py::make_tuple(py::cpp_function([&kernel](py::handle a, py::handle b, py::handle layout, py::handle c,
-                                                   py::handle out, py::handle, bool batch_invariant) {
-                          run_grouped(kernel, k_grouped_problem(a, b, layout, c, out), batch_invariant);
-                        }),
-                        py::cpp_function([&kernel](py::handle a, py::handle b, py::handle layout, py::handle c,
-                                                   py::handle out, py::handle) {
-                          return refuse_grouped(kernel, k_grouped_problem(a, b, layout, c, out));
-                        }));
+  return py::make_tuple(
+      py::cpp_function([&kernel](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out,
+                                 py::handle) { run_grouped(kernel, k_grouped_problem(a, b, layout, c, out)); }),
+      py::cpp_function(
+          [&kernel](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out, py::handle) {
+            return refuse_grouped(kernel, k_grouped_problem(a, b, layout, c, out));
+          }));
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ class _NativeBackend(TypedDict):
     thread_team: Callable[[], str]  # of backends whose kernels run on threads of the process
     # (name, needs, run, refuses)
     fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
-    # (name, needs, {op: (run, refuses)}), where run takes batch_invariant after the op's arguments
+    # (name, needs, {op: (run, refuses)})
     grouped: list[tuple[str, frozenset[str], dict[str, tuple[Callable[..., None], Callable[..., str | None]]]]]
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -40,6 +41,8 @@ class ExpertWeights:
     and read where they lie, in a mapped file too. All experts have one format, block and scale dtype, and so
     have gate and up. Raises ValueError or TypeError naming the argument.
     """
+
+    alive: ClassVar[WeakValueDictionary[int, ExpertWeights]] = WeakValueDictionary()  # by id(tensors[0])
 
     def __init__(
         self,
@@ -112,10 +115,13 @@ class ExpertWeights:
         of_gate, of_up = _halves(_each("b13", b13, self.num_experts, 2 * size), size, interleaved)
         self._biases = of_gate, of_up, _each("b2", b2, self.num_experts, hidden)
         names = (first.name, sources[-2].name, sources[-1].name)
-        self.table = _C.ExpertTable(names, self._gate, self._up, self._down, *self._biases, self._up_first, size, hidden)
+        self.table = _C.ExpertTable(
+            names, self._gate, self._up, self._down, *self._biases, self._up_first, size, hidden
+        )
         self.tensors = [t for source in sources for t in (*source.data, *source.scale)] + b13 + b2
         grids = [x for source in sources for x in (len(source.data), *source.block, source.grids)]
         self.layout = (int(interleaved), len(b13), len(b2), *grids)
+        ExpertWeights.alive[id(self.tensors[0])] = self
 
 
 class _Source(NamedTuple):
@@ -165,9 +171,7 @@ class _Source(NamedTuple):
         return [self.scaled(data, scale, self.block) for data, scale in self.pairs()]
 
 
-def _gate_and_up(
-    sources: tuple[_Source, ...], interleaved: bool
-) -> tuple[list[ScaledTensor], list[ScaledTensor], int]:
+def _gate_and_up(sources: tuple[_Source, ...], interleaved: bool) -> tuple[list[ScaledTensor], list[ScaledTensor], int]:
     """Matrices that hold gate and up of every expert, and the row at which up begins."""
     if len(sources) == 3:
         return sources[0].matrices(), sources[1].matrices(), 0
@@ -197,7 +201,9 @@ def _every_other(source: _Source, data: torch.Tensor, scale: torch.Tensor, first
             f"ExpertWeights: {source.name} has scale blocks of {rows} rows; interleaved gate and up need one or an even "
             "number"
         )
-    return source.scaled(data[first::2], scale, (max(rows // 2, len(data) // 2) if rows >= len(data) else rows // 2, columns))
+    return source.scaled(
+        data[first::2], scale, (max(rows // 2, len(data) // 2) if rows >= len(data) else rows // 2, columns)
+    )
 
 
 def _halves(
@@ -245,13 +251,17 @@ def _source(name: str, value: Matrices, grids: int = 1) -> _Source:
 
 def _stack(name: str, value: Sequence[Any], grids: int) -> _Source:
     if len(value) not in (2, 3):
-        raise TypeError(f"ExpertWeights: {name} has {len(value)} parts; a stack is (data, scale) or (data, scale, block)")
+        raise TypeError(
+            f"ExpertWeights: {name} has {len(value)} parts; a stack is (data, scale) or (data, scale, block)"
+        )
     what = f"ExpertWeights: {name}"
     data, scale = _fp8(what, value[0]), as_tensor(value[1], f"{what}.scale").detach()
     if data.dim() != 3 or not len(data):
         raise ValueError(f"{what} has shape {list(data.shape)}; a stack is [experts, rows, columns]")
     if scale.dim() not in (1, 2, 3) or len(scale) != len(data):
-        raise ValueError(f"{what}.scale has shape {list(scale.shape)}; data {list(data.shape)} needs a grid for each expert")
+        raise ValueError(
+            f"{what}.scale has shape {list(scale.shape)}; data {list(data.shape)} needs a grid for each expert"
+        )
     scale = scale.reshape(*scale.shape, *[1] * (3 - scale.dim()))
     block = value[2] if len(value) == 3 else _block(what, data[0], scale[0], grids)
     return _Source(name, [data], [scale], block, grids)

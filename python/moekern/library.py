@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from moekern import ops
+from moekern.experts import ExpertWeights
 from moekern.layout import GroupedLayout
+from moekern.op import NotSupported
 from moekern.scaled import BLOCK, DTYPES, ScaledTensor, parts
 from moekern.weights import from_lists, to_lists
 
@@ -206,6 +208,65 @@ def _trace_dequantize(x, out=None, out_dtype=None):  # type: ignore[no-untyped-d
     return result if out is None else out.copy_(result)
 
 
+# ---- fused_experts -----------------------------------------------------------------------------------
+
+
+def _known(tensors: list[torch.Tensor], layout: list[int]) -> ExpertWeights:
+    """The ExpertWeights that these came from, if it is alive: checking hundreds of matrices takes milliseconds."""
+    experts = ExpertWeights.alive.get(id(tensors[0]))
+    if experts is None or experts.layout != tuple(layout) or len(experts.tensors) != len(tensors):
+        return ExpertWeights.from_tensors(tensors, layout)
+    same = all(a is b for a, b in zip(experts.tensors, tensors, strict=True))
+    return experts if same else ExpertWeights.from_tensors(tensors, layout)
+
+
+def _experts(x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, activation,
+             alpha, beta, limit, quantize_activations, apply_router_weight_on_input, reduce, out_dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+    return ops.fused_experts(
+        x if sx is None else ScaledTensor(x, sx, tuple(block_x)),
+        _known(experts, layout),
+        ids,
+        weights,
+        activation=activation,
+        alpha=alpha,
+        beta=beta,
+        limit=limit,
+        quantize_activations=quantize_activations,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+        expert_map=expert_map,
+        shared=_known(shared, shared_layout) if shared else None,
+        reduce=reduce,
+        out_dtype=out_dtype,
+    )
+
+
+def _experts_fake(x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, activation,
+                  alpha, beta, limit, quantize_activations, apply_router_weight_on_input, reduce, out_dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+    torch._check(x.dim() == 2 and ids.dim() == 2, lambda: "fused_experts: x and ids must have 2 dimensions")
+    torch._check(x.shape[0] == ids.shape[0], lambda: "fused_experts: x and ids need the same number of rows")
+    rows = x.shape[0] if reduce else x.shape[0] * ids.shape[1]
+    return x.new_empty((rows, x.shape[1]), dtype=out_dtype or (torch.bfloat16 if sx is not None else x.dtype))
+
+
+def _no_gradient(ctx, grad):  # type: ignore[no-untyped-def]
+    raise NotSupported("fused_experts has no gradient; call it under torch.no_grad()")
+
+
+def _trace_experts(
+    x, experts, ids, weights=None, *, activation="swiglu", alpha=1.0, beta=0.0, limit=None,
+    quantize_activations=False, apply_router_weight_on_input=False, expert_map=None, shared=None, reduce=True,
+    out=None, out_dtype=None, workspace=None,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    data, scale, block = (x, None, (1, 1)) if isinstance(x, torch.Tensor) else parts(x)
+    result = torch.ops.moekern.fused_experts(
+        data, scale, list(block), experts.tensors, list(experts.layout),
+        [] if shared is None else shared.tensors, [] if shared is None else list(shared.layout),
+        ids, weights, expert_map, activation, float(alpha), float(beta), None if limit is None else float(limit),
+        quantize_activations, apply_router_weight_on_input, reduce, out_dtype if out is None else out.dtype,
+    )  # fmt: skip
+    return result if out is None else out.copy_(result)
+
+
 def register() -> None:
     """Define every operator and give each Op its traced form. Called once, when moekern is imported."""
     _define(
@@ -240,3 +301,13 @@ def register() -> None:
         _dequantize_fake,
     )
     ops.dequantize.traced = _trace_dequantize
+    _define(
+        "fused_experts(Tensor x, Tensor? sx, int[] block_x, Tensor[] experts, int[] layout, Tensor[] shared, "
+        "int[] shared_layout, Tensor ids, Tensor? weights, Tensor? expert_map, str activation, float alpha, "
+        "float beta, float? limit, bool quantize_activations, bool apply_router_weight_on_input, bool reduce, "
+        "ScalarType? out_dtype) -> Tensor",
+        _experts,
+        _experts_fake,
+    )
+    torch.library.register_autograd("moekern::fused_experts", _no_gradient, lib=_LIBRARY)
+    ops.fused_experts.traced = _trace_experts

@@ -12,9 +12,8 @@ const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p);
 void gemm_streamed(const GemmIsa& isa, const GemmProblem& p);
 const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p);
 
-// Groups of few rows by `stream`, which may have no streaming kernel; the others, and all of them where
-// batch invariance is asked for, by `packed`.
-void gemm_grouped(const GemmIsa& stream, const GemmIsa& packed, const GroupedGemmProblem& p);
-const char* grouped_refuses(const GemmIsa& packed, const GroupedGemmProblem& p);
+// Groups of few rows are streamed, if there is an ISA for that; the others are packed.
+void gemm_grouped(const GemmIsa* stream, const GemmIsa& packed, const GroupedGemmProblem& p);
+const char* grouped_refuses(const GemmIsa* stream, const GemmIsa& packed, const GroupedGemmProblem& p);
 
 }  // namespace moekern::cpu

@@ -189,7 +189,9 @@ def fused_experts_workspace(
     device = experts.tensors[0].device
     x: Any = torch.empty(1, experts.hidden_size, dtype=dtype, device=device).expand(tokens, -1)
     if dtype in FORMATS:
-        x = ScaledTensor(x, torch.ones(1, 1, device=device).expand(tokens, -(-experts.hidden_size // BLOCK)), (1, BLOCK))
+        x = ScaledTensor(
+            x, torch.ones(1, 1, device=device).expand(tokens, -(-experts.hidden_size // BLOCK)), (1, BLOCK)
+        )
     ids = torch.zeros(1, 1, dtype=torch.int32, device=device).expand(tokens, top_k)
     call = fused_experts.prepare(x, experts, ids, **options)
     kernel = fused_experts.select(device_of(call[fused_experts.output_index]), *call)

@@ -11,7 +11,7 @@ import moekern
 from moekern import ops
 from moekern.op import Kernel, Op
 from moekern.scaled import FORMATS, ScaledTensor
-from moekern.testing import cases, grouped_cases
+from moekern.testing import cases, expert_cases, grouped_cases
 
 
 def main() -> int:
@@ -113,6 +113,14 @@ def _dequantize() -> Iterator[tuple[Any, ...]]:
         yield (cases.dequantize_input(cases.Dequantize(19, 141, format)),)
 
 
+def _experts() -> Iterator[tuple[Any, ...]]:
+    """One or two kinds of activations for every kernel, gate and up in every form; ragged in every direction."""
+    for x in ("bf16", "e4m3fn"):
+        for form in expert_cases.FORMS:
+            case = expert_cases.Experts(19, 300, 200, 5, 2, x=x, form=form, routing="skips", values="integers")
+            yield expert_cases.operands(case).arguments
+
+
 _PROBLEMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "fp8_gemm_nt": _gemm,
     "m_grouped_fp8_gemm_nt_contiguous": _m_grouped(None),
@@ -123,4 +131,5 @@ _PROBLEMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "per_channel_cast_to_fp8": _cast("per_channel_cast_to_fp8"),
     "silu_mul_cast_to_fp8": _silu_mul,
     "dequantize": _dequantize,
+    "fused_experts": _experts,
 }
