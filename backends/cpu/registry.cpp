@@ -19,6 +19,13 @@ template <const GemmIsa& kIsa> const char* stream_refuses(const GemmProblem& p) 
 template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
 template <const GemmIsa& kIsa> const char* packed_refuses(const GemmProblem& p) { return packed_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
+template <const GemmIsa* kStream, const GemmIsa& kPacked>
+const char* grouped_refuses(const GroupedGemmProblem& p) {
+  return grouped_refuses(kStream, kPacked, p);
+}
+template <const GemmIsa* kStream, const GemmIsa& kPacked> void run_grouped(const GroupedGemmProblem& p) {
+  gemm_grouped(kStream, kPacked, p);
+}
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
@@ -45,6 +52,12 @@ constexpr GemmKernel kGemm[] = {
 #include "cpu/kernels.inc"
 };
 
+constexpr GroupedGemmKernel kGroupedGemm[] = {
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
+  {"cpu." #NAME, NEEDS, grouped_refuses<STREAM, PACKED>, run_grouped<STREAM, PACKED>},
+#include "cpu/kernels.inc"
+};
+
 constexpr CastKernel kCast[] = {
 #define MOEKERN_CAST(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
@@ -68,6 +81,7 @@ constexpr LimitLoops kLimits[] = {
 
 const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
+                                {kGroupedGemm, sizeof kGroupedGemm / sizeof *kGroupedGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
                                 {kExperts, sizeof kExperts / sizeof *kExperts},
                                 {kLimits, sizeof kLimits / sizeof *kLimits},

@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Device",
     "ExpertWeights",
+    "GroupedLayout",
+    "GroupedWeights",
     "Kernel",
     "NotSupported",
     "Op",
@@ -21,6 +23,9 @@ __all__ = [
     "fp8_gemm_tt",
     "fused_experts",
     "fused_experts_workspace",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
@@ -38,6 +43,7 @@ def _serves_command() -> bool:
 _import_error: Exception | None = None
 try:
     from moekern.experts import ExpertWeights
+    from moekern.layout import GroupedLayout
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
         batched_experts,
@@ -48,6 +54,9 @@ try:
         fp8_gemm_tt,
         fused_experts,
         fused_experts_workspace,
+        k_grouped_fp8_gemm_tn_contiguous,
+        m_grouped_fp8_gemm_nt_contiguous,
+        m_grouped_fp8_gemm_nt_masked,
         per_block_cast_to_fp8,
         per_channel_cast_to_fp8,
         per_token_cast_to_fp8,
@@ -57,6 +66,7 @@ try:
     from moekern.policy import from_environment as _from_environment
     from moekern.runtime import connect as _connect
     from moekern.scaled import ScaledTensor
+    from moekern.weights import GroupedWeights
 
     # After the ops, which backends add kernels to.
     from moekern.backends import devices  # isort: skip
