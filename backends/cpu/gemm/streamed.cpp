@@ -61,7 +61,7 @@ void grid_row_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActi
       const int64_t first = m * pass / passes, end = m * (pass + 1) / passes;
       for (int64_t i = first; i < end; ++i)
         for (int64_t q = 0; q < kc; q += kBlock)
-          isa.rows->scale(a.values + p.a_row(i) * a.k_padded + k + q, scales[(k + q) / kBlock], kBlock,
+          isa.rows->scale(a.values + a.row(i) * a.k_padded + k + q, scales[(k + q) / kBlock], kBlock,
                           piece_of_a + (i - first) * pieces.size + q);
       special |=
           isa.stream->run(p.b.dtype, static_cast<int>(end - first), static_cast<int>(cols), kc, w + k, p.b.row_stride,
@@ -77,7 +77,7 @@ void grid_row_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActi
     float* row = sums + i * ld;
     if (!scaled)
       for (int64_t j = 0; j < cols; ++j) row[j] *= scale_of(p.sb, j0 + j, 0);
-    scale_by_power(*isa.rows, row, cols, result_exponent_f32(p.b.dtype, a.exponents[p.a_row(i)]) + exponent);
+    scale_by_power(*isa.rows, row, cols, result_exponent_f32(p.b.dtype, a.exponents[a.row(i)]) + exponent);
     if (special)
       for (int64_t j = 0; j < cols; ++j) row[j] = plain_dot(p, p.a_row(i), j0 + j);
   }
@@ -94,18 +94,21 @@ const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p) {
   return nullptr;
 }
 
-StreamedActivations streamed_activations(const GemmIsa& isa, const GemmProblem& p) {
-  const int64_t rows = p.a.rows, k_padded = round_up(p.k(), kBlock);
-  float* values = scratch_of<float>(Slot::shared_a, rows * (k_padded + 1));
-  const StreamedActivations a{values, reinterpret_cast<int*>(values + rows * k_padded), k_padded};
-  // A row takes a nanosecond or so per element; less than 64 Ki of them are not worth waking threads for.
-  const int threads = rows * k_padded < 64 << 10 ? 1 : p.threads;
-  parallel_for(threads, rows, [&](int64_t i) {
-    float* plain = scratch_of<float>(Slot::row, k_padded + isa.lanes);
-    a.exponents[i] = normalised_row(*isa.rows, p, i, true, kTopF32, k_padded, plain);
-    isa.stream->permute(plain, k_padded, a.values + i * k_padded);
-  });
-  return a;
+int64_t streamed_bytes(int64_t rows, int64_t k) {
+  return rows * (round_up(k, kBlock) + 1) * static_cast<int64_t>(sizeof(float));
+}
+
+StreamedActivations streamed_activations(int64_t rows, int64_t k, char* memory) {
+  const int64_t k_padded = round_up(k, kBlock);
+  auto* values = reinterpret_cast<float*>(memory);
+  return {values, reinterpret_cast<int*>(values + rows * k_padded), k_padded, nullptr};
+}
+
+void stream_activations(const GemmIsa& isa, const GemmProblem& p, int64_t i, const StreamedActivations& a,
+                        int64_t row) {
+  float* plain = scratch_of<float>(Slot::row, a.k_padded + isa.lanes);
+  a.exponents[row] = normalised_row(*isa.rows, p, p.a_row(i), true, kTopF32, a.k_padded, plain);
+  isa.stream->permute(plain, a.k_padded, a.values + row * a.k_padded);
 }
 
 int64_t streamed_task_rows(int64_t n, int threads) {
@@ -124,7 +127,11 @@ void streamed_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActi
 }
 
 void gemm_streamed(const GemmIsa& isa, const GemmProblem& p) {
-  const StreamedActivations a = streamed_activations(isa, p);
+  const StreamedActivations a =
+      streamed_activations(p.m(), p.k(), scratch_of<char>(Slot::shared_a, streamed_bytes(p.m(), p.k())));
+  // A row takes a nanosecond or so per element; less than 64 Ki of them are not worth waking threads for.
+  parallel_for(p.m() * a.k_padded < 64 << 10 ? 1 : p.threads, p.m(),
+               [&](int64_t i) { stream_activations(isa, p, i, a, i); });
   const int64_t rows = streamed_task_rows(p.n(), p.threads);
   parallel_for(p.threads, ceil_div(p.n(), rows), [&](int64_t task) {
     const int64_t j0 = task * rows, cols = std::min(rows, p.n() - j0);
