@@ -47,7 +47,8 @@ def register() -> None:
     for name, needs, run, refuses in _NATIVE["fp8_gemm_nt"]:
         fp8_gemm_nt.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
     for name, needs, run, refuses, workspace in _NATIVE["fused_experts"]:
-        fused_experts.add(Kernel(name, run, "cpu", needs, refuses, workspace=workspace))
+        for_few = name.endswith("_stream")
+        fused_experts.add(Kernel(name, run, "cpu", needs, refuses, for_few, workspace=workspace))
     for name, needs, cast, silu_mul_cast, back in _NATIVE["cast"]:
         for spec in (per_token_cast_to_fp8, per_block_cast_to_fp8, per_channel_cast_to_fp8):
             spec.add(Kernel(name, _cast(cast), "cpu", needs))

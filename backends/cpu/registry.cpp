@@ -8,15 +8,10 @@
 
 namespace moekern::cpu {
 
-#define MOEKERN_STREAM(ISA, NEEDS)
 #define MOEKERN_PACKED(ISA, NEEDS) \
   extern const GemmIsa k_##ISA;    \
   extern const LimitIsa k_limits_##ISA;
-#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 
 namespace {
 
@@ -27,8 +22,11 @@ template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_pack
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
-template <const GemmIsa& kIsa> const char* experts_refuse(const ExpertsProblem& p) { return experts_refuse(kIsa, p); }
-template <const GemmIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
+template <const ExpertsIsa& kIsa>
+const char* experts_refuse(const ExpertsProblem& p) {
+  return experts_refuse(kIsa, p);
+}
+template <const ExpertsIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
 template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
@@ -38,48 +36,32 @@ template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, ch
   limit_copy(kIsa, src, bytes, dst, threads);
 }
 
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) constexpr ExpertsIsa k_experts_##NAME{STREAM, &PACKED};
+#include "cpu/kernels.inc"
+
 constexpr GemmKernel kGemm[] = {
 #define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
 #define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
-#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 };
 
 constexpr CastKernel kCast[] = {
-#define MOEKERN_STREAM(ISA, NEEDS)
-#define MOEKERN_PACKED(ISA, NEEDS)
 #define MOEKERN_CAST(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 };
 
 constexpr ExpertsKernel kExperts[] = {
-#define MOEKERN_STREAM(ISA, NEEDS)
-#define MOEKERN_PACKED(ISA, NEEDS) \
-  {"cpu." #ISA, NEEDS, experts_refuse<k_##ISA>, run_experts<k_##ISA>, experts_workspace_bytes},
-#define MOEKERN_CAST(ISA, NEEDS)
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
+  {"cpu." #NAME, NEEDS, experts_refuse<k_experts_##NAME>, run_experts<k_experts_##NAME>, experts_workspace_bytes},
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 };
 
 // Every ISA has a packed kernel.
 constexpr LimitLoops kLimits[] = {
-#define MOEKERN_STREAM(ISA, NEEDS)
 #define MOEKERN_PACKED(ISA, NEEDS) \
   {"cpu." #ISA, NEEDS, run_multiply_add<k_limits_##ISA>, run_read<k_limits_##ISA>, run_copy<k_limits_##ISA>},
-#define MOEKERN_CAST(ISA, NEEDS)
 #include "cpu/kernels.inc"
-#undef MOEKERN_STREAM
-#undef MOEKERN_PACKED
-#undef MOEKERN_CAST
 };
 
 }  // namespace

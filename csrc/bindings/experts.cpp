@@ -107,10 +107,10 @@ ExpertsProblem problem_of(const py::tuple& call, int* device) {
   }
   p.ids = matrix(kExperts, "ids", call[kIds], table.device);
   p.weights = optional_matrix(kExperts, "weights", call[kWeights], table.device);
-  p.activation = activation_named(call[kActivation].cast<std::string>());
-  p.alpha = call[kAlpha].cast<float>();
-  p.beta = call[kBeta].cast<float>();
-  if (!call[kLimit].is_none()) p.limit = call[kLimit].cast<float>();
+  p.gating.activation = activation_named(call[kActivation].cast<std::string>());
+  p.gating.alpha = call[kAlpha].cast<float>();
+  p.gating.beta = call[kBeta].cast<float>();
+  if (!call[kLimit].is_none()) p.gating.limit = call[kLimit].cast<float>();
   p.quantize = call[kQuantize].cast<bool>();
   p.weight_on_input = call[kOnInput].cast<bool>();
   p.reduce = call[kReduce].cast<bool>();

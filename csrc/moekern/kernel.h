@@ -1,9 +1,9 @@
 // What a native backend exports: rows of data. Selection happens in python/moekern/op.py, which is
 // the only dispatcher; csrc/bindings/ turns each row into a Python callable.
 #pragma once
-#include <cmath>
 #include <cstdint>
 
+#include "moekern/gating.h"
 #include "moekern/tensor_view.h"
 
 namespace moekern {
@@ -50,11 +50,9 @@ struct Expert {
   Projection gate, up, down;
 };
 
-enum class Activation : uint8_t { swiglu, gelu, gelu_tanh };
-
 // out[t] = sum_j weights[t, j] y(experts[ids[t, j]], x[t]) + sum_s y(shared[s], x[t]), where of an expert
-//   g = min(gate x, limit), u = clamp(up x, +-limit), h = (u + beta) g sigmoid(alpha g) or gelu(g) u, y = down h,
-// biases included. h is rounded to x's dtype, or quantised; sums are f32, in the order of j.
+// h = gating(gate x, up x) and y = down h, biases included. h is rounded to x's dtype, or quantised; a token's sum
+// is f32, in the order of the experts.
 struct ExpertsProblem {
   Matrix x;      // [t, inputs] f32, f16 or bf16, or FP8 with sx
   ScaleGrid sx;  // 1x128
@@ -64,13 +62,12 @@ struct ExpertsProblem {
   int64_t num_shared = 0;
   Matrix ids;      // [t, k] i32 or i64: an expert, or -1 for none
   Matrix weights;  // [t, k] f32, or empty: all 1
-  Activation activation = Activation::swiglu;
-  float alpha = 1, beta = 0, limit = INFINITY;
+  Gating gating;
   bool quantize = false;         // x, unless it is FP8 already, and h, 1x128 to e4m3fn
   bool weight_on_input = false;  // weights[t, j] x[t] instead of weights[t, j] y: exact, the products are scaled
   bool reduce = true;
-  Matrix out;        // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
-  Matrix workspace;  // u8 [1, bytes], or empty: the kernel's own memory
+  Matrix out;                    // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
+  Matrix workspace;              // u8 [1, bytes], or empty: the kernel's own memory
   int threads = 1;
 
   int64_t tokens() const { return x.rows; }

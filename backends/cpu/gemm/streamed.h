@@ -13,14 +13,14 @@ struct StreamedActivations {
 
 StreamedActivations streamed_activations(const GemmIsa& isa, const GemmProblem& p);
 
-// Weight rows to a block: enough that what surrounds a block does not count, few enough that the block that is
-// prefetched meanwhile stays in L2; none straddles two rows of scales.
-int64_t streamed_block_rows(const GemmIsa& isa, const GemmProblem& p);
+// Weight rows to a task: enough that what surrounds a task does not count, few enough that the task that is
+// prefetched meanwhile stays in L2.
+int64_t streamed_task_rows(const GemmIsa& isa, const GemmProblem& p);
 
-// sums[i][j] * 2^exponents[i] = row i of the product, columns j0 + j for j < cols. `call` and `p` name the scaled
-// activations that a thread keeps between its blocks; `next` is where the weights of its next block begin.
+// sums[i * ld + j] = row i of the product, column j0 + j, for j < cols. `call` and `p` name the scaled
+// activations that a thread keeps between tasks; `next` is where the weights of its next one begin.
 void streamed_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActivations& a, uint64_t call, int64_t j0,
-                    int64_t cols, const char* next, float* sums, int* exponents);
+                    int64_t cols, const char* next, float* sums, int64_t ld);
 
 uint64_t new_call();  // a number that no other call has
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "moekern/dtype.h"
+#include "moekern/gating.h"
 
 namespace moekern::cpu {
 
@@ -20,7 +21,7 @@ struct RowOps {
   // rounding. `next` is what the caller will read next, for prefetching only.
   void (*quantize)(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
                    uint8_t* dst, const char* next);
-  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
+  void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
 };
 
 // c[i, :] += row_scale[i] * scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows; kc is a multiple of

@@ -54,7 +54,7 @@ struct GatedInput {
     float* up = gate + n;
     load_row(rows, x, i, j, n, gate);
     load_row(rows, x, i, x.cols / 2 + j, n, up);
-    rows.silu_mul(gate, up, n, gate);
+    rows.gated(Gating{}, gate, up, n, gate);
     const auto* data = reinterpret_cast<const char*>(gate);
     return {Dtype::f32, data, data};
   }
