@@ -124,9 +124,7 @@ class ExpertWeights:
         of_gate, of_up = _halves(_each("b13", b13, self.num_experts, 2 * size), size, interleaved)
         self._biases = of_gate, of_up, _each("b2", b2, self.num_experts, hidden)
         names = (first.name, sources[-2].name, sources[-1].name)
-        self.table = _C.ExpertTable(
-            names, self._gate, self._up, self._down, *self._biases, self.up_first, size, hidden
-        )
+        self.table = _C.ExpertTable(names, self._gate, self._up, self._down, *self._biases, self.up_first, size, hidden)
         self.tensors = [t for source in sources for t in (*source.data, *source.scale)] + b13 + b2
         grids = [x for source in sources for x in (len(source.data), *source.block, source.grids)]
         self.layout = (int(interleaved), len(b13), len(b2), *grids)
