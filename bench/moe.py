@@ -55,7 +55,7 @@ def load(names: list[str]) -> Iterator[Weights]:
         layer, said = LAYERS[name], ""
         fitting = int(MEMORY * psutil.virtual_memory().available / layer.expert_bytes) - layer.shared
         if fitting < layer.experts:
-            said = f"{fitting} of its {layer.experts} experts: no memory for more"
+            said = f", {fitting} of its {layer.experts} experts: no memory for more"
             layer = replace(layer, experts=fitting)
         yield Weights(layer, random_experts(layer), shared_experts(layer), said)
 
@@ -77,7 +77,7 @@ def mapped(folder: Path, index: int) -> Weights:
     )
     for tensor in experts.tensors:  # from the disk once, before the clock starts
         tensor.view(torch.uint8).view(-1)[::PAGE].sum()
-    return Weights(layer, experts, shared, "mapped")
+    return Weights(layer, experts, shared, ", mapped")
 
 
 class Case:
@@ -270,7 +270,7 @@ def run(
         console.print()
         console.print(
             f"[bold]{layer.model}[/] · {layer.experts} experts{shared}, top {layer.top_k} · H {layer.hidden} × "
-            f"I {layer.intermediate} · {size / 1e9:.2f} GB {layer_weights.said}",
+            f"I {layer.intermediate} · {size / 1e9:.2f} GB{layer_weights.said}",
             highlight=False,
         )
         if size < machine.cold_bytes():
