@@ -115,7 +115,9 @@ def test_export_with_a_dynamic_batch() -> None:
         logits, x = rand(count, E), rand(count, H)
         assert torch.equal(program.module()(logits, x), layer(logits, x))
     targets = {node.target for node in program.graph.nodes}
-    assert {getattr(torch.ops.moekern, name).default for name in ("moe_gate", "moe_permute", "moe_unpermute")} <= targets
+    assert {
+        getattr(torch.ops.moekern, name).default for name in ("moe_gate", "moe_permute", "moe_unpermute")
+    } <= targets
 
 
 @pytest.mark.parametrize("alignment", [1, 16])

@@ -59,9 +59,7 @@ def test_align_block_size_with_a_map(ignore: bool) -> None:
     ids = routed()
     expert_map = torch.full((E,), -1, dtype=torch.int32)
     expert_map[2::3] = torch.arange(4, dtype=torch.int32)
-    sorted_ids, expert_ids, total = vllm_moe.moe_align_block_size(
-        ids, 8, E, expert_map, ignore_invalid_experts=ignore
-    )
+    sorted_ids, expert_ids, total = vllm_moe.moe_align_block_size(ids, 8, E, expert_map, ignore_invalid_experts=ignore)
     kept = torch.where(expert_map[ids.long()] < 0, -1, ids) if ignore else ids
     slots, labels = aligned(kept, 8, E, dict(enumerate(expert_map.tolist())))
     assert sorted_ids[: len(slots)].tolist() == slots and (sorted_ids[len(slots) :] == ids.numel()).all()

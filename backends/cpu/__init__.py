@@ -11,6 +11,9 @@ from moekern.ops import (
     dequantize,
     fp8_gemm_nt,
     fused_experts,
+    k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
     moe_gate,
     moe_permute,
     moe_unpermute,
@@ -80,6 +83,13 @@ def register() -> None:
     for name, needs, run, refuses, workspace in _NATIVE["fused_experts"]:
         for_few = name.endswith("_stream")
         fused_experts.add(Kernel(name, run, "cpu", needs, refuses, for_few, workspace=workspace))
+    for name, needs, calls in _NATIVE["grouped"]:
+        for spec in (m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked):
+            run, refuses = calls[spec.name]
+            spec.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
+        run, refuses = calls[k_grouped_fp8_gemm_tn_contiguous.name]
+        if not name.endswith("_stream"):  # which takes weights that are contiguous along k, not gradients
+            k_grouped_fp8_gemm_tn_contiguous.add(Kernel(name, run, "cpu", needs, refuses))
     for name, needs, cast, silu_mul_cast, back in _NATIVE["cast"]:
         for spec in (per_token_cast_to_fp8, per_block_cast_to_fp8, per_channel_cast_to_fp8):
             spec.add(Kernel(name, _cast(cast), "cpu", needs))

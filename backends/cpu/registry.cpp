@@ -21,14 +21,19 @@ template <const GemmIsa& kIsa> const char* stream_refuses(const GemmProblem& p) 
 template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
 template <const GemmIsa& kIsa> const char* packed_refuses(const GemmProblem& p) { return packed_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
+template <const GemmPair& kIsa>
+const char* grouped_refuses(const GroupedGemmProblem& p) {
+  return grouped_refuses(kIsa, p);
+}
+template <const GemmPair& kIsa> void run_grouped(const GroupedGemmProblem& p) { gemm_grouped(kIsa, p); }
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
-template <const ExpertsIsa& kIsa>
+template <const GemmPair& kIsa>
 const char* experts_refuse(const ExpertsProblem& p) {
   return experts_refuse(kIsa, p);
 }
-template <const ExpertsIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
+template <const GemmPair& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
 
 template <const GemmIsa& kRows, const RoutingIsa& kIsa> void run_gate(const GateProblem& p) {
   gate(*kRows.rows, kIsa, p);
@@ -44,12 +49,18 @@ template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, ch
   limit_copy(kIsa, src, bytes, dst, threads);
 }
 
-#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) constexpr ExpertsIsa k_experts_##NAME{STREAM, &PACKED};
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) constexpr GemmPair k_pair_##NAME{STREAM, &PACKED};
 #include "cpu/kernels.inc"
 
 constexpr GemmKernel kGemm[] = {
 #define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
 #define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
+#include "cpu/kernels.inc"
+};
+
+constexpr GroupedGemmKernel kGroupedGemm[] = {
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
+  {"cpu." #NAME, NEEDS, grouped_refuses<k_pair_##NAME>, run_grouped<k_pair_##NAME>},
 #include "cpu/kernels.inc"
 };
 
@@ -68,7 +79,7 @@ constexpr RoutingKernel kRouting[] = {
 
 constexpr ExpertsKernel kExperts[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
-  {"cpu." #NAME, NEEDS, experts_refuse<k_experts_##NAME>, run_experts<k_experts_##NAME>, experts_workspace_bytes},
+  {"cpu." #NAME, NEEDS, experts_refuse<k_pair_##NAME>, run_experts<k_pair_##NAME>, experts_workspace_bytes},
 #include "cpu/kernels.inc"
 };
 
@@ -83,6 +94,7 @@ constexpr LimitLoops kLimits[] = {
 
 const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
+                                {kGroupedGemm, sizeof kGroupedGemm / sizeof *kGroupedGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
                                 {kRouting, sizeof kRouting / sizeof *kRouting},
                                 {kExperts, sizeof kExperts / sizeof *kExperts},

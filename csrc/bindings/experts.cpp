@@ -131,7 +131,7 @@ py::object mapped_ids(const ExpertsProblem& p, py::object ids, py::handle map, i
   check<TypeError>(is_index(m.dtype), kExperts, ": expert_map has dtype ", name_of(m.dtype), "; it is i32 or i64");
   check_ids(kExperts, "expert_map", m, p.num_experts);
   check_ids(kExperts, "ids", p.ids, m.cols);
-  py::object local = allocate(ids, device, p.ids.rows, p.ids.cols, Dtype::i32);
+  py::object local = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
   const Matrix out = matrix(kExperts, "ids", local, device);
   for (int64_t i = 0; i < out.rows; ++i)
     for (int64_t j = 0; j < out.cols; ++j) {
@@ -160,7 +160,7 @@ py::tuple prepare_experts(py::args arguments) {
   const bool fresh = call[kOut].is_none();
   if (fresh)
     call[kOut] = allocate(is_scaled(call[kX]) ? py::object(call[kX].attr("data")) : py::object(call[kX]), device,
-                          p.tokens() * (p.reduce ? 1 : p.top_k()), p.hidden(),
+                          {p.tokens() * (p.reduce ? 1 : p.top_k()), p.hidden()},
                           dtype_argument(kExperts, call[kOutDtype], natural));
   p.out = matrix(kExperts, "out", call[kOut], device);
   check_plain(kExperts, "out", call[kOut]);

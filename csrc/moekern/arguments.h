@@ -1,6 +1,8 @@
 // What every kernel may take for granted: shapes that agree, grids that cover their operand,
 // outputs that alias nothing they must not. Called once a call, before any kernel.
 #pragma once
+#include <algorithm>
+#include <array>
 #include <utility>
 
 #include "moekern/check.h"
@@ -21,13 +23,33 @@ inline void check_grid(const char* op, const char* name, const Matrix& data, con
                    ".scale has dtype ", name_of(grid.values.dtype), "; scales are f32 or ue8m0");
 }
 
+struct Dimension {
+  int64_t extent, stride;
+};
+
+// Whether no two elements share memory: every stride steps over all that the smaller ones span.
+inline bool elements_apart(std::array<Dimension, 3> dimensions) {
+  std::sort(dimensions.begin(), dimensions.end(), [](auto& x, auto& y) { return x.stride < y.stride; });
+  bool apart = true, empty = false;
+  int64_t span = 0;
+  for (const Dimension& d : dimensions) {
+    empty |= d.extent == 0;
+    apart &= d.extent <= 1 || d.stride > span;
+    span += d.stride * (d.extent - 1);
+  }
+  return apart || empty;
+}
+
+inline void check_output(const char* op, const char* name, const Stack& out) {
+  const Matrix& m = out.matrix;
+  check(elements_apart({{{out.count, out.stride}, {m.rows, m.row_stride}, {m.cols, m.col_stride}}}), op, ": ", name,
+        " of shape ", shape_of(out), " has strides (", out.stride, ", ", m.row_stride, ", ", m.col_stride,
+        "): its elements share memory");
+}
+
 inline void check_output(const char* op, const char* name, const Matrix& out) {
-  if (out.rows == 0 || out.cols == 0) return;
-  // Apart, if one stride steps over all that the other spans.
-  const int64_t rows = out.rows > 1 ? out.row_stride : INT64_MAX, cols = out.cols > 1 ? out.col_stride : INT64_MAX;
-  const bool apart = rows < cols ? rows > 0 && (out.cols <= 1 || cols > rows * (out.rows - 1))
-                                 : cols > 0 && (out.rows <= 1 || rows > cols * (out.cols - 1));
-  check(apart, op, ": ", name, " of shape ", shape_of(out), " has strides (", out.row_stride, ", ", out.col_stride,
+  check(elements_apart({{{1, 0}, {out.rows, out.row_stride}, {out.cols, out.col_stride}}}), op, ": ", name,
+        " of shape ", shape_of(out), " has strides (", out.row_stride, ", ", out.col_stride,
         "): its elements share memory");
 }
 
@@ -71,6 +93,48 @@ inline void check_gemm_output(const char* op, const GemmProblem& p) {
   const bool in_place = p.c && p.c.data == p.out.data && p.c.dtype == p.out.dtype &&
                         p.c.row_stride == p.out.row_stride && p.c.col_stride == p.out.col_stride;
   if (!in_place) check_apart(op, "out", p.out, "c", p.c);
+}
+
+// Groups of `rows` rows that ascend and share none. capacity: of a masked layout, negative for a contiguous one.
+// Errors begin with `op` and `argument`.
+inline void check_layout(const char* op, const char* argument, const int64_t* starts, const int64_t* counts,
+                         int64_t groups, int64_t rows, int64_t alignment, int64_t capacity) {
+  for (int64_t g = 0; g < groups; ++g)
+    check(counts[g] >= 0, op, argument, "counts[", g, "] is ", counts[g], "; it must not be negative");
+  int64_t end = 0;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t start = starts[g], count = counts[g];
+    if (capacity >= 0) {
+      check(count <= capacity, op, argument, "counts[", g, "] is ", count, "; the capacity of a group is ", capacity);
+      check(start == g * capacity, op, argument, "starts[", g, "] is ", start, "; in a masked layout it is ",
+            g * capacity);
+      continue;
+    }
+    check(start >= 0 && start <= rows, op, argument, "starts[", g, "] is ", start, "; it must be in 0 .. ", rows,
+          ", the number of rows");
+    check(start >= end, op, argument, "starts[", g, "] is ", start,
+          "; groups must ascend without overlapping, and the one before ends at ", end);
+    check(count <= rows - start, op, argument, "rows is ", rows, "; group ", g, " starts at ", start, " and has ",
+          count, " of them");
+    check(count == 0 || start % alignment == 0, op, argument, "alignment is ", alignment, "; group ", g, " starts at ",
+          start, ", no multiple of it");
+    end = start + count;
+  }
+}
+
+// Where a group's own grid begins, whose blocks count from its first row.
+inline int64_t grid_row(const char* op, const char* name, const ScaleGrid& grid, int64_t g, int64_t start) {
+  check(grid.values.rows <= 1 || start % grid.block_rows == 0, op, ": layout has the first row of group ", g, " at ",
+        start, "; ", name, " has a scale for every ", grid.block_rows, " rows, and a group must begin with one");
+  return start / grid.block_rows;
+}
+
+// out: a Matrix or a Stack, whose shape should be `expected`.
+template <class Out, class Expected>
+void check_product_output(const char* op, const Out& out, Dtype dtype, const Expected& expected) {
+  check(shape_of(out) == expected, op, ": out has shape ", shape_of(out), "; the product's is ", expected);
+  check<TypeError>(is_float(dtype), op, ": out has dtype ", name_of(dtype), "; it is f32, f16 or bf16");
+  check_output(op, "out", out);
 }
 
 inline void check_cast(const char* op, const CastProblem& p, bool to_fp8, bool gated) {

@@ -27,6 +27,39 @@ struct GemmProblem {
   int64_t k() const { return a.cols; }
 };
 
+// Where the operands of one group's product begin, and the extents that are its own.
+struct Group {
+  char *a, *sa, *b, *sb, *c, *out;  // null as in GemmProblem
+  int64_t m, k;
+};
+
+// Products that have n, dtypes, strides and scale blocks in common, each by weights of its own. Their outputs
+// share no element.
+struct GroupedGemmProblem {
+  GemmProblem shared;  // what they have in common; the largest k, no addresses
+  const Group* groups;
+  int64_t count;
+  int threads = 1;
+
+  GemmProblem operator[](int64_t i) const {
+    const Group& g = groups[i];
+    GemmProblem p = shared;
+    p.a.data = g.a;
+    p.b.data = g.b;
+    p.c.data = g.c;
+    p.out.data = g.out;
+    p.sa.values.data = g.sa;
+    p.sb.values.data = g.sb;
+    p.a.rows = p.c.rows = p.out.rows = g.m;
+    p.a.cols = p.b.cols = g.k;
+    p.sa.values.rows = (g.m + p.sa.block_rows - 1) / p.sa.block_rows;
+    p.sa.values.cols = (g.k + p.sa.block_cols - 1) / p.sa.block_cols;
+    p.sb.values.cols = (g.k + p.sb.block_cols - 1) / p.sb.block_cols;
+    p.threads = threads;
+    return p;
+  }
+};
+
 // One (x, q . scale) pair of equal shape: a cast reads x and writes q and scale, `dequantize` the reverse.
 struct CastProblem {
   Matrix x;         // f32, f16 or bf16; [m, 2n] = [gate | up] for silu_mul
@@ -121,6 +154,13 @@ struct GemmKernel {
   void (*run)(const GemmProblem&);
 };
 
+struct GroupedGemmKernel {
+  const char* name;
+  uint64_t needs;
+  const char* (*refuses)(const GroupedGemmProblem&);  // as for GemmKernel; there is at least one group
+  void (*run)(const GroupedGemmProblem&);
+};
+
 struct CastKernel {
   const char* name;
   uint64_t needs;
@@ -175,6 +215,7 @@ struct Feature {  // one bit of a kernel's `needs`, by the name that Device.feat
 // Every native backend defines `const Backend& moekern::<name>::backend()`.
 struct Backend {
   Table<GemmKernel> gemm;
+  Table<GroupedGemmKernel> grouped_gemm;
   Table<CastKernel> cast;
   Table<RoutingKernel> routing;
   Table<ExpertsKernel> experts;

@@ -17,6 +17,14 @@ struct Matrix {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// `count` matrices alike, `stride` elements from one to the next.
+struct Stack {
+  Matrix matrix;  // the first
+  int64_t count = 1, stride = 0;
+
+  char* data(int64_t i) const { return matrix.data + i * stride * size_of(matrix.dtype); }
+};
+
 // An element of an i32 or i64 matrix.
 inline int64_t index_at(const Matrix& m, int64_t row, int64_t col) {
   const char* at = m.at(row, col);

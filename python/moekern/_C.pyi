@@ -5,13 +5,17 @@ from typing import Any, TypedDict
 
 import torch
 
+from moekern.layout import GroupedLayout
 from moekern.scaled import ScaledTensor
+from moekern.weights import GroupedWeights
 
 class _NativeBackend(TypedDict):
     features: Callable[[], frozenset[str]]
     thread_team: Callable[[], str]  # of backends whose kernels run on threads of the process
     # (name, needs, run, refuses)
     fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
+    # (name, needs, {op: (run, refuses)})
+    grouped: list[tuple[str, frozenset[str], dict[str, tuple[Callable[..., None], Callable[..., str | None]]]]]
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
     # (name, needs, gate, permute, unpermute)
@@ -37,7 +41,7 @@ def connect(
     tensor: type[torch.Tensor],
     num_threads: Callable[[], int],
     read: Callable[[torch.Tensor], tuple[int, list[int], list[int], str, int]],
-    allocate: Callable[[torch.Tensor, tuple[int, int], str], torch.Tensor],
+    allocate: Callable[[torch.Tensor, tuple[int, ...], str], torch.Tensor],
     dtypes: dict[torch.dtype, str],
     /,
 ) -> None: ...
@@ -47,6 +51,33 @@ def prepare_gemm(
     b: ScaledTensor,
     c: torch.Tensor | None,
     bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> tuple[Any, ...]: ...
+
+class WeightTable: ...
+
+def weight_table(
+    op: str, name: str, data: list[torch.Tensor], scale: list[torch.Tensor], block_rows: int, block_cols: int, /
+) -> WeightTable: ...
+def check_layout(
+    starts: torch.Tensor, counts: torch.Tensor, rows: int, alignment: int, capacity: int | None, /
+) -> None: ...
+def prepare_m_grouped(
+    masked: bool,
+    a: torch.Tensor | ScaledTensor,
+    b: ScaledTensor | GroupedWeights,
+    layout: GroupedLayout,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> tuple[Any, ...]: ...
+def prepare_k_grouped(
+    a: torch.Tensor | ScaledTensor,
+    b: ScaledTensor,
+    layout: GroupedLayout,
+    c: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     /,

@@ -8,6 +8,7 @@ __all__ = [
     "Device",
     "ExpertWeights",
     "GroupedLayout",
+    "GroupedWeights",
     "Kernel",
     "NotSupported",
     "Op",
@@ -24,6 +25,9 @@ __all__ = [
     "fp8_gemm_tt",
     "fused_experts",
     "fused_experts_workspace",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
     "moe_gate",
     "moe_permute",
     "moe_unpermute",
@@ -58,6 +62,9 @@ try:
         fp8_gemm_tt,
         fused_experts,
         fused_experts_workspace,
+        k_grouped_fp8_gemm_tn_contiguous,
+        m_grouped_fp8_gemm_nt_contiguous,
+        m_grouped_fp8_gemm_nt_masked,
         moe_gate,
         moe_permute,
         moe_unpermute,
@@ -71,6 +78,7 @@ try:
     from moekern.policy import from_environment as _from_environment
     from moekern.runtime import connect as _connect
     from moekern.scaled import ScaledTensor
+    from moekern.weights import GroupedWeights
 
     # After the ops, which backends add kernels to.
     from moekern.backends import devices  # isort: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moekern import _C
 from moekern.scaled import as_tensor
 
 Integers = Any  # a 1-D integer tensor, an array that speaks DLPack, or a sequence of int
@@ -50,30 +51,9 @@ class GroupedLayout:
                 raise ValueError(
                     f"rows is {self.rows}; {groups} groups of capacity {self.capacity} take {groups * self.capacity}"
                 )
-        if _readable(self.starts) and _readable(self.counts):
-            self._check_values()
-
-    def _check_values(self) -> None:
-        starts, counts, rows = self.starts, self.counts, self.rows
-        if (g := _first(counts < 0)) is not None:
-            raise ValueError(f"counts[{g}] is {counts[g]}; it must not be negative")
-        if self.capacity is not None:
-            if (g := _first(counts > self.capacity)) is not None:
-                raise ValueError(f"counts[{g}] is {counts[g]}; the capacity of a group is {self.capacity}")
-            if (g := _first(starts != _slots(starts, self.capacity))) is not None:
-                raise ValueError(f"starts[{g}] is {starts[g]}; in a masked layout it is {g * self.capacity}")
-            return
-        if (g := _first((starts < 0) | (starts > rows))) is not None:
-            raise ValueError(f"starts[{g}] is {starts[g]}; it must be in 0 .. {rows}, the number of rows")
-        if (g := _first(counts > rows - starts)) is not None:
-            raise ValueError(f"rows is {rows}; group {g} starts at {starts[g]} and has {counts[g]} of them")
-        if (g := _first(starts[:-1] + counts[:-1] > starts[1:])) is not None:
-            raise ValueError(
-                f"starts[{g + 1}] is {starts[g + 1]}; groups must ascend without overlapping, and group {g} ends at "
-                f"{starts[g] + counts[g]}"
-            )
-        if self.alignment > 1 and (g := _first((starts % self.alignment != 0) & (counts > 0))) is not None:
-            raise ValueError(f"alignment is {self.alignment}; group {g} starts at {starts[g]}, no multiple of it")
+        if _readable(self.starts):
+            values = [x.to("cpu") for x in (self.starts, self.counts)]
+            _C.check_layout(*values, self.rows, self.alignment, self.capacity)
 
     @classmethod
     def from_counts(cls, counts: Integers, alignment: int = 1, rows: int | None = None) -> GroupedLayout:

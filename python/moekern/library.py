@@ -19,6 +19,7 @@ from moekern.op import NotSupported
 from moekern.ops import Permuted, Routing, permuted_rows
 from moekern.ops.gate import SMALLEST_SUM
 from moekern.scaled import BLOCK, DTYPES, ScaledTensor, parts
+from moekern.weights import from_lists, to_lists
 
 _LIBRARY = torch.library.Library("moekern", "DEF")
 _KEYS = ("CPU", "CUDA", "PrivateUse1")  # HIP devices dispatch as CUDA, Ascend's as PrivateUse1
@@ -33,12 +34,22 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
     return getattr(torch.ops.moekern, name).default
 
 
+def _left_parts(a):  # type: ignore[no-untyped-def]
+    if isinstance(a, torch.Tensor):
+        return a, None, [1, 1]
+    data, scale, block = parts(a)
+    return data, scale, list(block)
+
+
+def _left(a, sa, block_a):  # type: ignore[no-untyped-def]
+    return a if sa is None else ScaledTensor(a, sa, tuple(block_a))
+
+
 # ---- fp8_gemm_nt -------------------------------------------------------------------------------------
 
 
 def _gemm(a, sa, block_a, b, sb, block_b, c, bias, out_dtype):  # type: ignore[no-untyped-def]
-    left = a if sa is None else ScaledTensor(a, sa, tuple(block_a))
-    return ops.fp8_gemm_nt(left, ScaledTensor(b, sb, tuple(block_b)), c, bias, None, out_dtype)
+    return ops.fp8_gemm_nt(_left(a, sa, block_a), ScaledTensor(b, sb, tuple(block_b)), c, bias, None, out_dtype)
 
 
 def _gemm_fake(a, sa, block_a, b, sb, block_b, c, bias, out_dtype):  # type: ignore[no-untyped-def]
@@ -73,13 +84,87 @@ def _gemm_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 def _trace_gemm(a, b, c=None, bias=None, out=None, out_dtype=None):  # type: ignore[no-untyped-def]
     data_b, scale_b, block_b = parts(b)
-    if isinstance(a, torch.Tensor):
-        data_a, scale_a, block_a = a, None, (1, 1)
-    else:
-        data_a, scale_a, block_a = parts(a)
     dtype = out_dtype if out is None else out.dtype
-    result = torch.ops.moekern.fp8_gemm_nt(
-        data_a, scale_a, list(block_a), data_b, scale_b, list(block_b), c, bias, dtype
+    result = torch.ops.moekern.fp8_gemm_nt(*_left_parts(a), data_b, scale_b, list(block_b), c, bias, dtype)
+    return result if out is None else out.copy_(result)
+
+
+# ---- grouped products --------------------------------------------------------------------------------
+#
+# Weights are lists of tensors: one that is a stack, or a matrix for every group. The layout's values are
+# checked where the operator runs; a graph has none.
+
+_WEIGHTS_AND_LAYOUT = "Tensor[] b, Tensor[] sb, int[] block_b, Tensor starts, Tensor counts, SymInt rows"
+
+
+def _define_m_grouped(op: Any) -> None:
+    """One of the two m-grouped products; `capacity` makes it the masked one."""
+
+    def run(a, sa, block_a, b, sb, block_b, starts, counts, rows, capacity, out_dtype):  # type: ignore[no-untyped-def]
+        layout = GroupedLayout(starts, counts, rows, capacity=capacity)
+        return op(_left(a, sa, block_a), from_lists(b, sb, block_b, op.name), layout, None, out_dtype)
+
+    def fake(a, sa, block_a, b, sb, block_b, starts, counts, rows, capacity, out_dtype):  # type: ignore[no-untyped-def]
+        dimensions = 2 if capacity is None else 3
+        torch._check(a.dim() == dimensions, lambda: f"{op.name}: a must have {dimensions} dimensions")
+        torch._check(a.shape[-1] == b[0].shape[-1], lambda: f"{op.name}: a and b need the same number of columns, k")
+        return a.new_empty(
+            (*a.shape[:-1], b[0].shape[-2]), dtype=out_dtype or (a.dtype if sa is None else torch.bfloat16)
+        )
+
+    def save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        a, sa, _, b, sb, block_b, starts, counts, rows, capacity, _ = inputs
+        ctx.save_for_backward(*b, *sb, starts, counts)
+        ctx.block_b, ctx.rows, ctx.capacity = block_b, rows, capacity
+        ctx.a_dtype = a.dtype if sa is None else None  # FP8 activations have no gradient
+
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        """dA = dD B, group by group, with the frozen FP8 weights as they are."""
+        grad_a = None
+        *weights, starts, counts = ctx.saved_tensors
+        matrices = len(weights) // 2
+        if ctx.needs_input_grad[0] and ctx.a_dtype is not None:
+            b, sb = ([w.mT for w in group] for group in (weights[:matrices], weights[matrices:]))
+            block = [ctx.block_b[1], ctx.block_b[0]]
+            grad_a = call(grad, None, [1, 1], b, sb, block, starts, counts, ctx.rows, ctx.capacity, ctx.a_dtype)
+        return grad_a, None, None, [None] * matrices, [None] * matrices, *[None] * 6
+
+    def trace(a, b, layout, out=None, out_dtype=None):  # type: ignore[no-untyped-def]
+        dtype = out_dtype if out is None else out.dtype
+        result = call(*_left_parts(a), *to_lists(b), layout.starts, layout.counts, layout.rows, layout.capacity, dtype)
+        if out is None:
+            return result
+        owned = (layout.indices() >= 0).view(*result.shape[:-1], 1)
+        return out.copy_(torch.where(owned, result, out))
+
+    call = _define(
+        f"{op.name}(Tensor a, Tensor? sa, int[] block_a, {_WEIGHTS_AND_LAYOUT}, SymInt? capacity, "
+        "ScalarType? out_dtype) -> Tensor",
+        run,
+        fake,
+    )
+    torch.library.register_autograd(f"moekern::{op.name}", backward, setup_context=save, lib=_LIBRARY)
+    op.traced = trace
+
+
+def _k_grouped(a, sa, block_a, b, sb, block_b, starts, counts, rows, c, out_dtype):  # type: ignore[no-untyped-def]
+    layout = GroupedLayout(starts, counts, rows)
+    right = ScaledTensor(b, sb, tuple(block_b))
+    return ops.k_grouped_fp8_gemm_tn_contiguous(_left(a, sa, block_a), right, layout, c, None, out_dtype)
+
+
+def _k_grouped_fake(a, sa, block_a, b, sb, block_b, starts, counts, rows, c, out_dtype):  # type: ignore[no-untyped-def]
+    name = ops.k_grouped_fp8_gemm_tn_contiguous.name
+    torch._check(a.dim() == 2 and b.dim() == 2, lambda: f"{name}: a and b must have 2 dimensions")
+    torch._check(a.shape[0] == b.shape[0], lambda: f"{name}: a and b need the same number of rows")
+    return a.new_empty((counts.shape[0], a.shape[1], b.shape[1]), dtype=out_dtype or torch.float32)
+
+
+def _trace_k_grouped(a, b, layout, c=None, out=None, out_dtype=None):  # type: ignore[no-untyped-def]
+    data, scale, block = parts(b)
+    dtype = out_dtype if out is None else out.dtype
+    result = torch.ops.moekern.k_grouped_fp8_gemm_tn_contiguous(
+        *_left_parts(a), data, scale, list(block), layout.starts, layout.counts, layout.rows, c, dtype
     )
     return result if out is None else out.copy_(result)
 
@@ -373,6 +458,15 @@ def register() -> None:
         "moekern::fp8_gemm_nt", _gemm_backward, setup_context=_save_for_backward, lib=_LIBRARY
     )
     ops.fp8_gemm_nt.traced = _trace_gemm
+    _define_m_grouped(ops.m_grouped_fp8_gemm_nt_contiguous)
+    _define_m_grouped(ops.m_grouped_fp8_gemm_nt_masked)
+    _define(
+        "k_grouped_fp8_gemm_tn_contiguous(Tensor a, Tensor? sa, int[] block_a, Tensor b, Tensor sb, int[] block_b, "
+        "Tensor starts, Tensor counts, SymInt rows, Tensor? c, ScalarType? out_dtype) -> Tensor",
+        _k_grouped,
+        _k_grouped_fake,
+    )
+    ops.k_grouped_fp8_gemm_tn_contiguous.traced = _trace_k_grouped
     for op, block, gated in (
         (ops.per_token_cast_to_fp8, (1, BLOCK), False),
         (ops.per_block_cast_to_fp8, (BLOCK, BLOCK), False),

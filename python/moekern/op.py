@@ -39,7 +39,7 @@ class Kernel:
     kind: str  # the Device.kind it runs on
     needs: frozenset[str] = frozenset()  # Device.features it cannot do without
     refuses: Callable[..., str | None] | None = None  # (call) -> a reason in plain words, or None to accept
-    for_few_rows: bool = False  # refuses by the number of rows: left out when batch_invariant is asked for
+    for_few_rows: bool = False  # depends on the number of rows: left out when batch_invariant is asked for
     workspace: Callable[..., int] | None = None  # (call) -> bytes of the caller's workspace that it takes
 
     def lacks(self, device: Device) -> str | None:

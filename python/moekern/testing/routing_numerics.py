@@ -54,7 +54,9 @@ class _GateOracle:
         tokens, experts = self.scores.shape
         best = self.selection.reshape(tokens, groups, experts // groups).sort(dim=2, descending=True).values
         value = best[:, :, 0] + best[:, :, 1] if two else best[:, :, 0]
-        error = self.selection_error.reshape(tokens, groups, experts // groups).nan_to_num(posinf=0.0).amax(2) * (2 if two else 1)
+        error = self.selection_error.reshape(tokens, groups, experts // groups).nan_to_num(posinf=0.0).amax(2) * (
+            2 if two else 1
+        )
         order = value.sort(dim=1, descending=True, stable=True).indices
         last, first_out = order[:, kept - 1 : kept], order[:, kept : kept + 1]
         gap = value.gather(1, last) - value.gather(1, first_out)
@@ -111,7 +113,9 @@ def check_gate(got: Routing, logits: torch.Tensor, topk: int, exact: bool = Fals
     value = [oracle.selection.gather(1, i.long()) for i in (ids, reference.ids)]
     slack = sum(oracle.selection_error.gather(1, i.long()) for i in (ids, reference.ids))
     far = ((value[0] - value[1]).abs() > slack) & near.unsqueeze(1)
-    assert not far.any(), f"ids of row {int(far.any(1).int().argmax())} have other selection values than the reference's"
+    assert not far.any(), (
+        f"ids of row {int(far.any(1).int().argmax())} have other selection values than the reference's"
+    )
     _check_weights(got, oracle, options.get("renormalize", False), options.get("routed_scaling_factor", 1.0))
     return decided.double().mean().item() if tokens else 1.0
 
@@ -163,7 +167,9 @@ def check_unpermute(
     overflows = reference.abs() + error >= finite.max * (1 + finite.eps / 4)
     infinite = result.isinf() & (result.sign() == reference.sign()) & (reference.isinf() | overflows)
     undecided = overflows & ~reference.isinf()  # inf - inf of partial sums beyond f32
-    assert torch.equal(result.isnan() & ~undecided, reference.isnan() & ~undecided), "NaN, or not, against the reference"
+    assert torch.equal(result.isnan() & ~undecided, reference.isnan() & ~undecided), (
+        "NaN, or not, against the reference"
+    )
     allowed = error + half_ulp(reference.abs() + error, got.dtype)
     wrong = ((result - reference).abs().nan_to_num(nan=0.0) > allowed) & ~infinite & ~reference.isnan()
     if wrong.any():
