@@ -39,8 +39,8 @@ py::tuple prepare_gate(py::handle logits, int64_t topk, bool sigmoid, py::handle
   p.mask_value = mask_value;
   check_gate(kGate, p);
   if (out.is_none())
-    return py::make_tuple(allocate(logits, device, p.logits.rows, topk, Dtype::f32),
-                          allocate(logits, device, p.logits.rows, topk, Dtype::i32));
+    return py::make_tuple(allocate(logits, device, {p.logits.rows, topk}, Dtype::f32),
+                          allocate(logits, device, {p.logits.rows, topk}, Dtype::i32));
   const py::tuple pair = out;
   p.weights = matrix(kGate, "out.weights", pair[0], device);
   check_plain(kGate, "out.weights", pair[0]);
@@ -102,18 +102,18 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   if (!is_scaled(x)) check_plain(kPermute, "x", x);
   check_readable(kPermute, "ids", device);
   check_permute(kPermute, p, experts);
-  py::object groups = allocate(ids, device, 2, experts, Dtype::i64);
+  py::object groups = allocate(ids, device, {2, experts}, Dtype::i64);
   const Matrix g = matrix(kPermute, "groups", groups, device);
   auto* starts = reinterpret_cast<int64_t*>(g.data);
   const int64_t used = count_experts(p, starts, starts + experts, experts);
   if (out.is_none()) {
     check(rows <= INT32_MAX, kPermute, ": ids and alignment take ", rows, " rows; the inverse map counts to 2^31 - 1");
     const py::object like = is_scaled(x) ? x.attr("data") : py::reinterpret_borrow<py::object>(x);
-    py::object moved = allocate(like, device, rows, p.x.cols, p.x.dtype);
+    py::object moved = allocate(like, device, {rows, p.x.cols}, p.x.dtype);
     if (is_scaled(x))
-      moved = runtime().scaled_tensor(moved, allocate(like, device, rows, p.sx.values.cols, p.sx.values.dtype),
+      moved = runtime().scaled_tensor(moved, allocate(like, device, {rows, p.sx.values.cols}, p.sx.values.dtype),
                                       x.attr("block"));
-    py::object inverse = allocate(ids, device, p.ids.rows, p.ids.cols, Dtype::i32);
+    py::object inverse = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
     return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
   }
   const py::tuple permuted = out;
@@ -161,7 +161,7 @@ py::object prepare_unpermute(py::handle y, py::handle inverse, py::handle weight
   check_readable(kUnpermute, "inverse", device);
   check_unpermute(kUnpermute, p);
   if (out.is_none())
-    return allocate(y, device, p.inverse.rows, p.y.cols, dtype_argument(kUnpermute, out_dtype, p.y.dtype));
+    return allocate(y, device, {p.inverse.rows, p.y.cols}, dtype_argument(kUnpermute, out_dtype, p.y.dtype));
   p.out = matrix(kUnpermute, "out", out, device);
   check_plain(kUnpermute, "out", out);
   check_unpermute_output(kUnpermute, p);
