@@ -9,6 +9,14 @@ namespace moekern::cpu {
 
 constexpr int kBlock = 128;  // k advances one scale block at a time, in both kernels
 
+// What a cast knows of its blocks of `size` columns each, one value a block.
+struct BlockScales {
+  int64_t size;
+  const float* inverse;      // 1 / scale
+  const float* normal_from;  // the least bf16 whose product with `inverse` is a normal number of the format
+  bool bounded;              // all x are finite, and |x * inverse| <= max but for rounding
+};
+
 // Row primitives, shared with quant/. n is free: tails are handled inside, nothing past n is touched.
 struct RowOps {
   void (*load)(Dtype, const char* src, int64_t n, float* dst);   // exact
@@ -16,10 +24,14 @@ struct RowOps {
   // Of f32, f16 or bf16: amax[i / block] = max(amax[i / block], |x[i]|); NaN is above infinity and stays.
   void (*amax)(Dtype, const char* x, int64_t n, int64_t block, float* amax);
   void (*scale)(const float* x, float s, int64_t n, float* dst);
-  // dst[i] = rne(clamp(x[i] * s[i / block], +-max)). `bounded` promises finite x and |x * s| <= max but for
-  // rounding. `next` is what the caller will read next, for prefetching only.
-  void (*quantize)(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
-                   uint8_t* dst, const char* next);
+  // scale[b] = max(amax[b], 1e-4) / max of the format, rounded up to a power of two on demand, and BlockScales'
+  // arrays of it; all have room for a multiple of 16, and amax is 0 there. True if every amax is finite.
+  bool (*block_scales)(const float* amax, int64_t n, Dtype to, bool round_up, float* scale, float* inverse,
+                       float* normal_from);
+  // dst[i] = rne(clamp(x[i] * inverse[i / size], +-max)). `next` is what the caller will read next, for
+  // prefetching only. `past_caches` promises that dst is aligned to 64 bytes.
+  void (*quantize)(Dtype from, const char* x, const BlockScales&, int64_t n, Dtype to, uint8_t* dst, const char* next,
+                   bool past_caches);
   void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
 };
 

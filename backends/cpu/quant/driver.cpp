@@ -1,7 +1,6 @@
 #include "cpu/quant/driver.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "cpu/gemm/operands.h"
 #include "cpu/parallel.h"
@@ -9,17 +8,6 @@
 
 namespace moekern::cpu {
 namespace {
-
-bool is_finite(float x) { return x - x == 0.f; }
-
-// s = max(amax, 1e-4) / max_of(format), rounded up to a power of two on demand.
-float scale_for(float amax, Dtype format, bool round_up) {
-  const float s = (amax < 1e-4f ? 1e-4f : amax) / max_of(format);
-  if (!round_up || !is_finite(s)) return s;
-  int exponent;
-  const float fraction = std::frexp(s, &exponent);  // s = fraction * 2^exponent, fraction in [1/2, 1)
-  return std::ldexp(1.f, fraction == 0.5f ? exponent - 1 : exponent);
-}
 
 void load_row(const RowOps& rows, const Matrix& x, int64_t i, int64_t j, int64_t n, float* dst) {
   if (x.col_stride == 1) return rows.load(x.dtype, x.at(i, j), n, dst);
@@ -30,19 +18,18 @@ void load_row(const RowOps& rows, const Matrix& x, int64_t i, int64_t j, int64_t
 struct Row {
   Dtype dtype;
   const char* data;
-  const char* below;  // the next row, or data again where that is no use
 };
 
 struct PlainInput {
   const RowOps& rows;
   const Matrix& x;
   Row row(int64_t i, int64_t j, int64_t n) const {
-    if (x.col_stride == 1) return {x.dtype, x.at(i, j), x.at(i + 1, j)};
+    if (x.col_stride == 1) return {x.dtype, x.at(i, j)};
     float* values = scratch_of<float>(Slot::row, n);
     load_row(rows, x, i, j, n, values);
-    const auto* data = reinterpret_cast<const char*>(values);
-    return {Dtype::f32, data, data};
+    return {Dtype::f32, reinterpret_cast<const char*>(values)};
   }
+  const char* memory(int64_t i, int64_t j) const { return x.at(i, j); }
 };
 
 // silu(gate) * up, computed anew for each pass over a block: it is cheaper than a buffer for it.
@@ -55,52 +42,69 @@ struct GatedInput {
     load_row(rows, x, i, j, n, gate);
     load_row(rows, x, i, x.cols / 2 + j, n, up);
     rows.silu_mul(gate, up, n, gate);
-    const auto* data = reinterpret_cast<const char*>(gate);
-    return {Dtype::f32, data, data};
+    return {Dtype::f32, reinterpret_cast<const char*>(gate)};
   }
+  const char* memory(int64_t i, int64_t j) const { return x.at(i, j); }
 };
 
-// Rows [i0, i1) of a row of blocks, columns [j0, j0 + n): twice over, row by row, in the order of memory.
+// A row of blocks is cast in panels, so that what the second pass reads is still in L1 (one row) or L2 (128).
+struct Panels {
+  int64_t height, width, across, count;
+  Panels(const Matrix& q, int64_t rows) : height(rows) {
+    const int64_t wanted = height == 1 ? 2048 : 512;
+    width = std::max<int64_t>(round_up(ceil_div(q.cols, ceil_div(q.cols, wanted)), 128), 1);
+    across = ceil_div(q.cols, width);
+    count = ceil_div(q.rows, height) * across;
+  }
+  int64_t row(int64_t t) const { return t / across * height; }
+  int64_t col(int64_t t) const { return t % across * width; }
+};
+
+// Whether codes bypass the caches: a store that does not saves reading the line it writes to. Less than this
+// may still be in a cache when the next op wants it.
+bool past_caches(const Matrix& q) {
+  constexpr int64_t kBytes = 4 << 20;
+  const bool aligned = (reinterpret_cast<uintptr_t>(q.data) | static_cast<uintptr_t>(q.row_stride)) % 64 == 0;
+  return aligned && q.col_stride == 1 && q.rows * q.cols >= kBytes;
+}
+
+// Twice over a panel, row by row, in the order of memory.
 template <class Input>
-void cast_panel(const RowOps& rows, const CastProblem& p, int64_t i0, int64_t i1, int64_t j0, int64_t n,
-                const Input& input) {
-  const int64_t block = p.scale.block_cols, blocks = ceil_div(n, block);
-  float* amax = scratch_of<float>(Slot::own_b, 2 * blocks);
-  float* inverse = amax + blocks;
-  std::fill_n(amax, blocks, 0.f);
+void cast_panel(const RowOps& rows, const CastProblem& p, const Panels& panels, int64_t t, const Input& input,
+                bool past_caches) {
+  const int64_t i0 = panels.row(t), i1 = std::min(i0 + panels.height, p.q.rows);
+  const int64_t j0 = panels.col(t), n = std::min(panels.width, p.q.cols - j0);
+  const int64_t block = p.scale.block_cols, blocks = ceil_div(n, block), room = round_up(blocks, 16);
+  float* amax = scratch_of<float>(Slot::own_b, 4 * room);
+  float *scale = amax + room, *inverse = scale + room, *normal_from = inverse + room;
+  std::fill_n(amax, room, 0.f);
   Row row{};
   for (int64_t i = i0; i < i1; ++i) {
     row = input.row(i, j0, n);
     rows.amax(row.dtype, row.data, n, block, amax);
   }
-  bool bounded = true;
-  for (int64_t b = 0; b < blocks; ++b) {
-    const float s = scale_for(amax[b], p.q.dtype, p.round_scale_up);
-    *reinterpret_cast<float*>(p.scale.values.at(i0 / p.scale.block_rows, j0 / block + b)) = s;
-    inverse[b] = 1.f / s;
-    bounded &= is_finite(amax[b]);
-  }
+  const bool bounded = rows.block_scales(amax, blocks, p.q.dtype, p.round_scale_up, scale, inverse, normal_from);
+  for (int64_t b = 0; b < blocks; ++b)
+    *reinterpret_cast<float*>(p.scale.values.at(i0 / p.scale.block_rows, j0 / block + b)) = scale[b];
+  const int64_t after = std::min(t + 1, panels.count - 1);
   for (int64_t i = i0; i < i1; ++i) {
     if (i1 - i0 > 1) row = input.row(i, j0, n);
-    rows.quantize(row.dtype, row.data, inverse, block, bounded, n, p.q.dtype, reinterpret_cast<uint8_t*>(p.q.at(i, j0)),
-                  row.below);
+    const char* next = input.memory(std::min(panels.row(after) + i - i0, p.q.rows - 1), panels.col(after));
+    rows.quantize(row.dtype, row.data, {block, inverse, normal_from, bounded}, n, p.q.dtype,
+                  reinterpret_cast<uint8_t*>(p.q.at(i, j0)), next, past_caches);
   }
 }
 
 template <class Input>
 void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
-  // 128 rows of 1024 columns stay in L2 between the two passes. A single row stays there anyway.
-  const int64_t height = p.scale.block_rows, block = p.scale.block_cols;
-  const int64_t width = height == 1 ? p.q.cols : round_up(std::min<int64_t>(1024, p.q.cols), block);
-  const int64_t panels = ceil_div(p.q.cols, width);
+  const Panels panels(p.q, p.scale.block_rows);
+  const bool past = past_caches(p.q);
   // About 64 Ki elements a task: long enough to hide handing it out, short enough to balance.
-  const int64_t per_task = std::max<int64_t>((64 << 10) / std::max<int64_t>(width * height, 1), 1);
-  const int64_t total = ceil_div(p.q.rows, height) * panels;
-  parallel_for(p.threads, ceil_div(total, per_task), [&](int64_t task) {
-    for (int64_t t = task * per_task; t < std::min((task + 1) * per_task, total); ++t) {
-      const int64_t i0 = t / panels * height, j0 = t % panels * width;
-      cast_panel(rows, p, i0, std::min(i0 + height, p.q.rows), j0, std::min(width, p.q.cols - j0), input);
-    }
+  const int64_t per_task = std::max<int64_t>((64 << 10) / (panels.width * panels.height), 1);
+  parallel_for(p.threads, ceil_div(panels.count, per_task), [&](int64_t task) {
+    for (int64_t t = task * per_task; t < std::min((task + 1) * per_task, panels.count); ++t)
+      cast_panel(rows, p, panels, t, input, past);
+    if (past) __atomic_thread_fence(__ATOMIC_SEQ_CST);  // before another thread may see the codes
   });
 }
 
