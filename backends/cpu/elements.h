@@ -7,6 +7,8 @@
 namespace moekern::cpu {
 namespace {
 
+inline void copy(float* dst, const float* src, int64_t n) { __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); }
+
 template <Dtype F>
 inline F32 load_as(const char* p, int64_t i) {
   if constexpr (F == Dtype::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + i);

@@ -14,8 +14,6 @@ struct Tail {
   alignas(64) float x[W] = {}, y[W] = {};
 };
 
-inline void copy(float* dst, const float* src, int64_t n) { __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); }
-
 template <Dtype F>
 inline void load_row(const char* src, int64_t n, float* dst) {
   int64_t i = 0;
@@ -122,7 +120,7 @@ void row_silu_mul(const float* gate, const float* up, int64_t n, float* dst) {
   }
 }
 
-constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, row_block_scales, row_quantize, row_silu_mul};
+constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_silu_mul};
 
 }  // namespace
 }  // namespace moekern::cpu

@@ -94,12 +94,13 @@ inline I32 round_i32(F32 x) { return _mm256_cvtps_epi32(x); }  // to nearest eve
 // (low << 8) + (high << S) of every lane's signed halves: exact below 2^15, otherwise right in bits 8 .. 15.
 template <int S> inline I32 fold_halves(I32 x) { return _mm256_madd_epi16(x, _mm256_set1_epi32(1 << (16 + S) | 256)); }
 
-// The largest lane, as a signed integer.
-inline uint32_t reduce_max_i32(I32 x) {
-  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); };
+  const I32 lower = merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
+  const I32 upper = merge(merge(rows[4], rows[6]), merge(rows[5], rows[7]));
+  return max(_mm256_permute2x128_si256(lower, upper, 0x20), _mm256_permute2x128_si256(lower, upper, 0x31));
 }
 
 // x0 + x4, x1 + x5, ... pairwise: the same tree for every caller, so a sum has one value.

@@ -87,13 +87,17 @@ inline I32 in_order_i16(I32 x) { return _mm512_permutexvar_epi64(_mm512_setr_epi
 inline I32 round_i32(F32 x) { return _mm512_cvtps_epi32(x); }  // to nearest even
 template <int S> inline I32 fold_halves(I32 x) { return _mm512_madd_epi16(x, _mm512_set1_epi32(1 << (16 + S) | 256)); }
 
-// The largest lane, as a signed integer.
-inline uint32_t reduce_max_i32(I32 x) {
-  const __m256i h = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+  const auto join = [&](I32 a, I32 b) {
+    return max(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  };
+  I32 four[4];  // rows 4g .. 4g + 3, in every 128-bit lane
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g, rows += 4) four[g] = merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
+  return join(join(four[0], four[1]), join(four[2], four[3]));
 }
 
 inline __m256 upper(F32 x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }

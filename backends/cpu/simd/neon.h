@@ -97,8 +97,12 @@ inline I32 in_order_i16(I32 x) { return x; }
 inline I32 round_i32(F32 x) { return vreinterpretq_u32_s32(vcvtnq_s32_f32(x)); }  // to nearest even
 template <int S> inline I32 fold_halves(I32 x) { return vsraq_n_u32(vshlq_n_u32(x, 8), x, 16 - S); }
 
-// The largest lane, as a signed integer.
-inline uint32_t reduce_max_i32(I32 x) { return static_cast<uint32_t>(vmaxvq_s32(vreinterpretq_s32_u32(x))); }
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(vzip1q_u32(a, b), vzip2q_u32(a, b)); };
+  return merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
+}
 
 // (x0 + x1) + (x2 + x3): the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) { return vaddvq_f32(x); }

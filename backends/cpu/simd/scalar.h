@@ -96,7 +96,7 @@ inline I32 min_s8(I32 a, I32 b) {
 inline I32 load_u8(const uint8_t* p) { return *p; }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return x != x ? then : otherwise; }
 
-inline uint32_t reduce_max_i32(I32 x) { return x; }
+template <class Max> inline I32 reduce_rows(const I32* rows, Max) { return rows[0]; }
 
 inline F32 load_bf16(const uint16_t* p) { return as_f32(static_cast<uint32_t>(*p) << 16); }
 inline F32 load_f16(const uint16_t* p) { return f16_to_f32(*p); }

@@ -103,8 +103,14 @@ inline I32 round_i32(F32 x) {  // to nearest even
 }
 template <int S> inline I32 fold_halves(I32 x) { return add_i32(shl32<8>(x), shr32<16 - S>(x)); }
 
-// The largest lane, as a signed integer.
-inline uint32_t reduce_max_i32(I32 x) { return static_cast<uint32_t>(svmaxv_s32(all(), svreinterpret_s32_u32(x))); }
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(svzip1_u32(a, b), svzip2_u32(a, b)); };
+  const I32 even = merge(merge(rows[0], rows[4]), merge(rows[2], rows[6]));
+  const I32 odd = merge(merge(rows[1], rows[5]), merge(rows[3], rows[7]));
+  return merge(even, odd);
+}
 
 // FADDV adds pairwise, in halves: the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) { return svaddv_f32(all(), x); }
