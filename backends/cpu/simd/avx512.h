@@ -33,6 +33,7 @@ inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }  // b when either i
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 
 inline I32 set1_i32(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+inline I32 set1_i16(uint16_t x) { return _mm512_set1_epi16(static_cast<short>(x)); }
 inline I32 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_i32(void* p, I32 x) { _mm512_storeu_si512(p, x); }
@@ -48,6 +49,11 @@ template <int S> inline I32 shr32(I32 x) { return _mm512_srli_epi32(x, S); }
 template <int S> inline I32 sra32(I32 x) { return _mm512_srai_epi32(x, S); }
 template <int S> inline I32 shl16(I32 x) { return _mm512_slli_epi16(x, S); }
 template <int S> inline I32 sra16(I32 x) { return _mm512_srai_epi16(x, S); }
+template <int S> inline I32 shr16(I32 x) { return _mm512_srli_epi16(x, S); }
+inline I32 add_i16(I32 a, I32 b) { return _mm512_add_epi16(a, b); }
+inline I32 sub_i16(I32 a, I32 b) { return _mm512_sub_epi16(a, b); }
+inline I32 subs_u16(I32 a, I32 b) { return _mm512_subs_epu16(a, b); }  // 0 where b is larger
+inline I32 max_i16(I32 a, I32 b) { return _mm512_max_epi16(a, b); }
 inline I32 add_i8(I32 a, I32 b) { return _mm512_add_epi8(a, b); }
 inline I32 max_u8(I32 a, I32 b) { return _mm512_max_epu8(a, b); }
 inline I32 min_s8(I32 a, I32 b) { return _mm512_min_epi8(a, b); }
@@ -73,20 +79,33 @@ inline void store_f16(uint16_t* p, F32 x) {
 inline void store_low16(uint16_t* p, I32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }
-// The low 8 bits of every lane of four vectors, in order: 4W bytes.
-inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
-  const I32 lo = _mm512_packus_epi32(x0, x1), hi = _mm512_packus_epi32(x2, x3);
-  const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  store_i32(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(lo, hi)));
-}
 
-// The largest lane, as a signed integer.
-inline uint32_t reduce_max_i32(I32 x) {
-  const __m256i h = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
-  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+inline F32 bf16_lower(I32 words) { return as_f32(_mm512_unpacklo_epi16(_mm512_setzero_si512(), words)); }
+inline F32 bf16_upper(I32 words) { return as_f32(_mm512_unpackhi_epi16(_mm512_setzero_si512(), words)); }
+inline I32 narrow_i32(I32 a, I32 b) { return _mm512_packs_epi32(a, b); }
+inline I32 narrow_i16(I32 a, I32 b) { return _mm512_packus_epi16(a, b); }
+inline I32 signs_i32(I32 a, I32 b) { return _mm512_packs_epi32(a, b); }
+inline I32 signs_i16(I32 a, I32 b) { return _mm512_packs_epi16(a, b); }
+inline I32 in_order_i32(I32 x) {
+  const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_permutexvar_epi32(order, x);
+}
+inline I32 in_order_i16(I32 x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), x); }
+
+inline I32 round_i32(F32 x) { return _mm512_cvtps_epi32(x); }  // to nearest even
+template <int S> inline I32 fold_halves(I32 x) { return _mm512_madd_epi16(x, _mm512_set1_epi32(1 << (16 + S) | 256)); }
+
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+  const auto join = [&](I32 a, I32 b) {
+    return max(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  };
+  I32 four[4];  // rows 4g .. 4g + 3, in every 128-bit lane
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g, rows += 4) four[g] = merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
+  return join(join(four[0], four[1]), join(four[2], four[3]));
 }
 
 inline __m256 upper(F32 x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
