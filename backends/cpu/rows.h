@@ -104,6 +104,9 @@ inline F32 exp_clamped(F32 x) {
 // Beyond the clamp runs on to infinity.
 inline F32 exp_to_infinity(F32 x) { return add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f))); }
 
+// Below the clamp runs on to zero, within one unit of x.
+inline F32 exp_to_zero(F32 x) { return mul(exp_clamped(x), min(set1(1.f), max(zero(), add(x, set1(88.3f))))); }
+
 // g / (1 + e^-x): where e^-x is infinite the result is -0, and NaN if g is -infinity.
 inline F32 over_one_plus_exp(F32 g, F32 minus_x) { return div(g, add(set1(1.f), exp_to_infinity(minus_x))); }
 
