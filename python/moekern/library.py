@@ -273,8 +273,7 @@ def _trace_experts(
 # ---- moe_gate, moe_permute, moe_unpermute ------------------------------------------------------------
 
 
-def _gate(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize,
-          routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
+def _gate(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
     return tuple(
         ops.moe_gate(
             logits,
@@ -290,8 +289,7 @@ def _gate(logits, topk, scoring, correction_bias, num_expert_group, topk_group, 
     )
 
 
-def _gate_fake(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize,
-               routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
+def _gate_fake(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
     torch._check(logits.dim() == 2, lambda: "moe_gate: logits must have 2 dimensions")
     shape = (logits.shape[0], topk)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
@@ -398,7 +396,7 @@ def _save_unpermute(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _unpermute_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; -1 takes no part."""
+    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; a slot of -1 has none."""
     y, inverse, weights = ctx.saved_tensors
     grad, kept = grad.float(), inverse >= 0
     grad_y = grad_weights = None
