@@ -7,6 +7,7 @@ Build with `cmake --workflow --preset aarch64` (g++-aarch64-linux-gnu, qemu-user
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from executors import Executor
 
-from moekern import Device, ExpertWeights, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern import Device, ExpertWeights, GroupedLayout, Kernel, NotSupported, Op, ScaledTensor, ops
 from moekern.ops.experts import ACTIVATIONS
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -191,7 +192,14 @@ class _Request:
         self.memories: list[_Memory] = []
         self._memory_at: dict[int, int] = {}
         named = dict(zip(op.params, args, strict=True))
-        self._add("out", named.pop("out"), writable=True)
+        out = named.pop("out")
+        parts = (
+            {f"out.{field}": value for field, value in out._asdict().items()}
+            if isinstance(out, tuple)
+            else {"out": out}
+        )
+        for name, value in parts.items():
+            self._add(name, value, writable=True)
         for name, value in named.items():
             if isinstance(value, (torch.Tensor, ScaledTensor)):
                 self._add(name, value, writable=name == "workspace")
@@ -199,7 +207,9 @@ class _Request:
                 self._add_experts(name, value)
             elif name == "activation":
                 self.options.append(f"activation {ACTIVATIONS.index(value)}")
-            elif isinstance(value, (bool, int, float)):
+            elif name == "scoring":
+                self.options.append(f"sigmoid {int(value == 'sigmoid')}")
+            elif isinstance(value, (bool, int, float)) and math.isfinite(value):  # infinity is what an absent one means
                 self.options.append(f"{name} {float(value)!r}")
 
     def _add_experts(self, name: str, experts: ExpertWeights) -> None:
@@ -217,7 +227,10 @@ class _Request:
             self.options.append(f"{name}.{key} {value}")
 
     def _add(self, name: str, value: torch.Tensor | ScaledTensor, writable: bool) -> None:
-        if isinstance(value, ScaledTensor):
+        if isinstance(value, GroupedLayout):
+            self._add_matrix(f"{name}.starts", value.starts, (1, 1), False)
+            self._add_matrix(f"{name}.counts", value.counts, (1, 1), False)
+        elif isinstance(value, ScaledTensor):
             self._add_matrix(name, value.data, (1, 1), writable)
             self._add_matrix(f"{name}.scale", value.scale, value.block, writable)
         else:
