@@ -273,23 +273,22 @@ def _trace_experts(
 # ---- moe_gate, moe_permute, moe_unpermute ------------------------------------------------------------
 
 
-def _gate(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
-    return tuple(
-        ops.moe_gate(
-            logits,
-            topk,
-            scoring=scoring,
-            correction_bias=correction_bias,
-            num_expert_group=num_expert_group,
-            topk_group=topk_group,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            mask_value=mask_value,
-        )
-    )
+_GATE_OPTIONS = (
+    "scoring",
+    "correction_bias",
+    "num_expert_group",
+    "topk_group",
+    "renormalize",
+    "routed_scaling_factor",
+    "mask_value",
+)
 
 
-def _gate_fake(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
+def _gate(logits, topk, *options):  # type: ignore[no-untyped-def]
+    return tuple(ops.moe_gate(logits, topk, **dict(zip(_GATE_OPTIONS, options, strict=True))))
+
+
+def _gate_fake(logits, topk, *options):  # type: ignore[no-untyped-def]
     torch._check(logits.dim() == 2, lambda: "moe_gate: logits must have 2 dimensions")
     shape = (logits.shape[0], topk)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
@@ -319,10 +318,10 @@ def _gate_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return grad.to(logits.dtype), *(None,) * 8
 
 
-def _trace_gate(
+def _trace_gate(  # type: ignore[no-untyped-def]
     logits, topk, *, scoring="softmax", correction_bias=None, num_expert_group=1, topk_group=1, renormalize=False,
     routed_scaling_factor=1.0, mask_value=-math.inf, out=None,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     weights, ids = torch.ops.moekern.moe_gate(
         logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize,
         float(routed_scaling_factor), float(mask_value),
@@ -342,7 +341,7 @@ def _permute(x, scale, block, ids, num_experts, alignment, expert_map):  # type:
 def _permute_fake(x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
     torch._check(x.dim() == 2 and ids.dim() == 2, lambda: "moe_permute: x and ids must have 2 dimensions")
     torch._check(x.shape[0] == ids.shape[0], lambda: "moe_permute: x and ids need the same number of rows, the tokens")
-    rows = permuted_rows(*ids.shape, num_experts, alignment)
+    rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
     groups = ids.new_empty((2, num_experts), dtype=torch.int64)
     return (
         x.new_empty((rows, x.shape[1])),
@@ -396,7 +395,7 @@ def _save_unpermute(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _unpermute_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; a slot of -1 has none."""
+    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; -1 takes no part."""
     y, inverse, weights = ctx.saved_tensors
     grad, kept = grad.float(), inverse >= 0
     grad_y = grad_weights = None
