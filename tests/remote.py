@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from executors import Executor
 
-from moekern import Device, GroupedLayout, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern import Device, ExpertWeights, GroupedLayout, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern.ops.experts import ACTIVATIONS
 from moekern.testing.grouped_cases import products, rows_of
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -50,6 +51,7 @@ _DTYPES = {
     torch.float8_e8m0fnu: "ue8m0",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -196,11 +198,11 @@ class _Request:
 
     def __init__(self, op: Op, args: tuple) -> None:
         self.op = "cast_to_fp8" if op in CASTS[:3] else op.name
+        self.options: list[str] = []
         self.lines: list[str] = []
         self.memories: list[_Memory] = []
         self._memory_at: dict[int, int] = {}
         named = dict(zip(op.params, args, strict=True))
-        self.round_scale_up = bool(named.get("round_scale_up"))
         if op in GROUPED:
             for g, product in enumerate(_products(op, **named)):
                 self._add_all(f"{g}.", product)
@@ -211,7 +213,27 @@ class _Request:
         self._add(f"{prefix}out", named.pop("out"), writable=True)
         for name, value in named.items():
             if isinstance(value, (torch.Tensor, ScaledTensor)):
-                self._add(f"{prefix}{name}", value, writable=False)
+                self._add(prefix + name, value, writable=name == "workspace")
+            elif isinstance(value, ExpertWeights):
+                self._add_experts(name, value)
+            elif name == "activation":
+                self.options.append(f"activation {ACTIVATIONS.index(value)}")
+            elif isinstance(value, (bool, int, float)):
+                self.options.append(f"{name} {float(value)!r}")
+
+    def _add_experts(self, name: str, experts: ExpertWeights) -> None:
+        for e, projections in enumerate(experts.projections()):
+            for which, (matrix, bias) in zip(("gate", "up", "down"), projections, strict=True):
+                self._add(f"{name}.{e}.{which}", matrix, writable=False)
+                if bias is not None:
+                    self._add(f"{name}.{e}.{which}.bias", bias, writable=False)
+        for key, value in (
+            ("count", experts.num_experts),
+            ("hidden", experts.hidden_size),
+            ("intermediate", experts.intermediate_size),
+            ("up_first", experts.up_first),
+        ):
+            self.options.append(f"{name}.{key} {value}")
 
     def _add(self, name: str, value: torch.Tensor | ScaledTensor, writable: bool) -> None:
         if isinstance(value, ScaledTensor):
@@ -231,8 +253,9 @@ class _Request:
         self.lines.append(" ".join(map(str, (name, _DTYPES[tensor.dtype], *fields))))
 
     def encoded(self, verb: str, kernel: str, threads: int) -> bytes:
-        counts = (threads, int(self.round_scale_up), len(self.lines), len(self.memories))
-        parts = ["\n".join([" ".join(map(str, (verb, self.op, kernel, *counts))), *self.lines, ""]).encode()]
+        counts = (threads, len(self.options), len(self.lines), len(self.memories))
+        head = " ".join(map(str, (verb, self.op, kernel, *counts)))
+        parts = ["\n".join([head, *self.options, *self.lines, ""]).encode()]
         for memory in self.memories:
             parts += [f"{memory.bytes} {int(memory.writable)}\n".encode(), memory.sent(), b"\n"]
         return b"".join(parts)

@@ -19,21 +19,19 @@ template <const GemmIsa& kIsa> const char* stream_refuses(const GemmProblem& p) 
 template <const GemmIsa& kIsa> void run_stream(const GemmProblem& p) { gemm_streamed(kIsa, p); }
 template <const GemmIsa& kIsa> const char* packed_refuses(const GemmProblem& p) { return packed_refuses(kIsa, p); }
 template <const GemmIsa& kIsa> void run_packed(const GemmProblem& p) { gemm_packed(kIsa, p); }
-template <const GemmIsa* kStream, const GemmIsa& kPacked>
+template <const GemmPair& kIsa>
 const char* grouped_refuses(const GroupedGemmProblem& p) {
-  return grouped_refuses(kStream, kPacked, p);
+  return grouped_refuses(kIsa, p);
 }
-template <const GemmIsa* kStream, const GemmIsa& kPacked> void run_grouped(const GroupedGemmProblem& p) {
-  gemm_grouped(kStream, kPacked, p);
-}
+template <const GemmPair& kIsa> void run_grouped(const GroupedGemmProblem& p) { gemm_grouped(kIsa, p); }
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
-template <const ExpertsIsa& kIsa>
+template <const GemmPair& kIsa>
 const char* experts_refuse(const ExpertsProblem& p) {
   return experts_refuse(kIsa, p);
 }
-template <const ExpertsIsa& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
+template <const GemmPair& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
 template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
@@ -43,7 +41,7 @@ template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, ch
   limit_copy(kIsa, src, bytes, dst, threads);
 }
 
-#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) constexpr ExpertsIsa k_experts_##NAME{STREAM, &PACKED};
+#define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) constexpr GemmPair k_pair_##NAME{STREAM, &PACKED};
 #include "cpu/kernels.inc"
 
 constexpr GemmKernel kGemm[] = {
@@ -54,7 +52,7 @@ constexpr GemmKernel kGemm[] = {
 
 constexpr GroupedGemmKernel kGroupedGemm[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
-  {"cpu." #NAME, NEEDS, grouped_refuses<STREAM, PACKED>, run_grouped<STREAM, PACKED>},
+  {"cpu." #NAME, NEEDS, grouped_refuses<k_pair_##NAME>, run_grouped<k_pair_##NAME>},
 #include "cpu/kernels.inc"
 };
 
@@ -66,7 +64,7 @@ constexpr CastKernel kCast[] = {
 
 constexpr ExpertsKernel kExperts[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
-  {"cpu." #NAME, NEEDS, experts_refuse<k_experts_##NAME>, run_experts<k_experts_##NAME>, experts_workspace_bytes},
+  {"cpu." #NAME, NEEDS, experts_refuse<k_pair_##NAME>, run_experts<k_pair_##NAME>, experts_workspace_bytes},
 #include "cpu/kernels.inc"
 };
 

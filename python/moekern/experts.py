@@ -88,12 +88,21 @@ class ExpertWeights:
         self._build(tuple(sources), *biases, interleaved=bool(interleaved))
         return self
 
+    def projections(self) -> list[tuple[tuple[ScaledTensor, torch.Tensor | None], ...]]:
+        """(matrix, bias) of every expert's gate, up and down. up begins in row `up_first` of its matrix."""
+        biases = (b or [None] * self.num_experts for b in self._biases)
+        columns = [
+            zip(matrices, bias, strict=True)
+            for matrices, bias in zip((self._gate, self._up, self._down), biases, strict=True)
+        ]
+        return list(zip(*columns, strict=True))
+
     def expert(self, index: int) -> Expert:
         """The values of one expert, for references."""
         gate, up, down = (matrices[index].to_float64() for matrices in (self._gate, self._up, self._down))
         size = self.intermediate_size
         biases = [None if b is None else b[index].to(torch.float64) for b in self._biases]
-        return Expert(gate[:size], up[self._up_first : self._up_first + size], down, *biases)
+        return Expert(gate[:size], up[self.up_first : self.up_first + size], down, *biases)
 
     def _build(
         self, sources: tuple[_Source, ...], b13: list[torch.Tensor], b2: list[torch.Tensor], interleaved: bool
@@ -110,14 +119,12 @@ class ExpertWeights:
         for source in sources:
             source.check(first, (hidden, size) if source is sources[-1] else (rows, hidden))
         self.num_experts, self.hidden_size, self.intermediate_size = first.experts, hidden, size
-        self._gate, self._up, self._up_first = _gate_and_up(sources, interleaved)
+        self._gate, self._up, self.up_first = _gate_and_up(sources, interleaved)
         self._down = sources[-1].matrices()
         of_gate, of_up = _halves(_each("b13", b13, self.num_experts, 2 * size), size, interleaved)
         self._biases = of_gate, of_up, _each("b2", b2, self.num_experts, hidden)
         names = (first.name, sources[-2].name, sources[-1].name)
-        self.table = _C.ExpertTable(
-            names, self._gate, self._up, self._down, *self._biases, self._up_first, size, hidden
-        )
+        self.table = _C.ExpertTable(names, self._gate, self._up, self._down, *self._biases, self.up_first, size, hidden)
         self.tensors = [t for source in sources for t in (*source.data, *source.scale)] + b13 + b2
         grids = [x for source in sources for x in (len(source.data), *source.block, source.grids)]
         self.layout = (int(interleaved), len(b13), len(b2), *grids)

@@ -12,8 +12,15 @@ const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p);
 void gemm_streamed(const GemmIsa& isa, const GemmProblem& p);
 const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p);
 
-// Groups of few rows are streamed, if there is an ISA for that; the others are packed.
-void gemm_grouped(const GemmIsa* stream, const GemmIsa& packed, const GroupedGemmProblem& p);
-const char* grouped_refuses(const GemmIsa* stream, const GemmIsa& packed, const GroupedGemmProblem& p);
+// For many products: those with few rows are streamed, by an ISA that may be null, the others packed.
+struct GemmPair {
+  const GemmIsa* stream;
+  const GemmIsa* packed;
+};
+
+inline bool streams(const GemmPair& isa, const GemmProblem& p) { return isa.stream && !stream_refuses(*isa.stream, p); }
+
+void gemm_grouped(const GemmPair& isa, const GroupedGemmProblem& p);
+const char* grouped_refuses(const GemmPair& isa, const GroupedGemmProblem& p);
 
 }  // namespace moekern::cpu

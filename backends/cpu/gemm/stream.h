@@ -16,25 +16,40 @@ namespace {
 template <Dtype F, int M, int R>
 inline void stream_step(const uint8_t* const* w, int64_t k, const float* a, int64_t a_stride, F32 (&acc)[R][M],
                         Special<F>& special) {
+  if constexpr (M == 1) {  // registers for what Decode::lanes shares between the four
+    F32 x[4];
 #pragma GCC unroll 4
-  for (int j = 3; j >= 0; --j) {
-    F32 v[R];
+    for (int j = 0; j < 4; ++j) x[j] = load_once(a + k + j * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I32 x = load_bytes(w[r] + k);
-      if (j == 3) special.see(x);
-      v[r] = Decode<F>::lane(x, j);
+      const I32 bytes = load_bytes(w[r] + k);
+      special.see(bytes);
+      F32 v[4];
+      Decode<F>::lanes(bytes, v);
+#pragma GCC unroll 4
+      for (int j = 3; j >= 0; --j) acc[r][0] = fma(x[j], v[j], acc[r][0]);
     }
+  } else {
+#pragma GCC unroll 4
+    for (int j = 3; j >= 0; --j) {
+      F32 v[R];
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i) {
-      const F32 ai = load_once(a + i * a_stride + k + j * W);
+      for (int r = 0; r < R; ++r) {
+        const I32 bytes = load_bytes(w[r] + k);
+        if (j == 3) special.see(bytes);
+        v[r] = Decode<F>::lane(bytes, j);
+      }
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][i] = fma(ai, v[r], acc[r][i]);
+      for (int i = 0; i < M; ++i) {
+        const F32 x = load_once(a + i * a_stride + k + j * W);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) acc[r][i] = fma(x, v[r], acc[r][i]);
+      }
     }
   }
 }
 
-// `ahead`: bytes from a weight to the one that will be wanted a piece later, which is when it has come from memory.
+// `ahead`: bytes from a weight to the one that is wanted a task later, when it will have come from memory.
 // A function of its own and a body of one step for three or four rows, of two otherwise: so that gcc finds
 // registers for all accumulators whatever is around them. Spilled, the loop runs at 60% of this.
 template <Dtype F, int M, int R>
@@ -111,15 +126,53 @@ bool stream(Dtype format, int m, int rows, int64_t kc, const uint8_t* w, int64_t
   }
 }
 
-// Vector j of every 4W elements takes the elements 4i + j: the order in which Decode yields weights.
-void permute(const float* src, int64_t n, float* dst) {
-  for (int64_t k = 0; k < n; k += 4 * W)
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < W; ++i) dst[k + j * W + i] = src[k + 4 * i + j];
+// Lane i of out[d] = element d of x[i], for d < D: what is not asked for costs nothing.
+template <int D>
+inline void transpose(const float* const* x, F32* out) {
+  const uint8_t* rows[W];
+  I32 dwords[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = reinterpret_cast<const uint8_t*>(x[i]);
+  transpose_dwords(rows, 0, dwords);
+#pragma GCC unroll 16
+  for (int d = 0; d < D; ++d) out[d] = as_f32(dwords[d]);
 }
 
-void reduce(const float* acc, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = reduce_add(load(acc + i * W));
+// Vector j of every 4W elements takes the elements 4i + j: the order in which Decode yields weights.
+void permute(const float* src, int64_t n, float* dst) {
+  for (int64_t k = 0; k < n; k += 4 * W) {
+    const float* from[W];
+    F32 to[4];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) from[i] = src + k + 4 * i;
+    transpose<4>(from, to);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(dst + k + j * W, to[j]);
+  }
+}
+
+// W dot products at a time: a vector of them is the sum of the lanes, transposed.
+void reduce(const float* acc, int m, int rows, float* sums, int64_t ld) {
+  for (int i = 0; i < m; ++i) {
+    for (int r = 0; r < rows; r += W) {
+      const float* from[W];
+      F32 lane[W];
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) from[q] = acc + ((r + q < rows ? r + q : r) * m + i) * W;
+      transpose<W>(from, lane);
+#pragma GCC unroll 4
+      for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int q = 0; q < half; ++q) lane[q] = add(lane[q], lane[q + half]);
+      if (r + W <= rows) {
+        store(sums + i * ld + r, lane[0]);
+      } else {
+        alignas(64) float last[W];
+        store(last, lane[0]);
+        __builtin_memcpy(sums + i * ld + r, last, static_cast<size_t>(rows - r) * sizeof(float));
+      }
+    }
+  }
 }
 
 constexpr Stream stream_up_to(int max_m) { return {max_m, kPassRows, stream, permute, reduce}; }

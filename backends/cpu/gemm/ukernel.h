@@ -46,8 +46,9 @@ struct Stream {
   int max_m;      // more activation rows than this are faster packed
   int pass_rows;  // activation rows that one pass of `run` takes at most
   StreamFn run;
-  void (*permute)(const float* src, int64_t n, float* dst);      // n is a multiple of 4 * lanes
-  void (*reduce)(const float* acc, int64_t count, float* sums);  // count vectors -> count sums
+  void (*permute)(const float* src, int64_t n, float* dst);  // n is a multiple of 4 * lanes; reads to n + lanes
+  // sums[i * ld + r] = the lanes of acc[r][i], added up.
+  void (*reduce)(const float* acc, int m, int rows, float* sums, int64_t ld);
 };
 
 struct GemmIsa {

@@ -19,9 +19,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/gemm/driver.h"
-#include "cpu/gemm/packed.h"
-#include "cpu/gemm/streamed.h"
+#include "cpu/gemm/products.h"
 #include "cpu/parallel.h"
 #include "cpu/quant/driver.h"
 
@@ -29,8 +27,6 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kChunkBytes = 64 << 20;  // of a chunk's hidden states, and of its normalised x
-constexpr int64_t kPanelBytes = 4 << 20;   // of the activations that a thread packs for one expert
-constexpr int64_t kResultCols = 64;        // of a task's sums, for all tokens of a chunk
 
 bool is_quantised(const ExpertsProblem& p) { return p.quantize || is_fp8(p.x.dtype); }
 
@@ -89,45 +85,9 @@ struct Memory {
   }
 };
 
-// The tasks of one region: blocks of columns of every group, group after group.
-class Blocks {
- public:
-  void add(int64_t cols, int64_t width) {
-    begin_.push_back(count_);
-    width_.push_back(width);
-    count_ += ceil_div(cols, width);
-  }
-  int64_t count() const { return count_; }
-  size_t group(int64_t task) const {
-    return static_cast<size_t>(std::upper_bound(begin_.begin(), begin_.end(), task) - begin_.begin()) - 1;
-  }
-  int64_t first_col(int64_t task, size_t group) const { return (task - begin_[group]) * width_[group]; }
-  int64_t width(size_t group) const { return width_[group]; }
-
- private:
-  std::vector<int64_t> begin_, width_;
-  int64_t count_ = 0;
-};
-
-// The activations of the group that a thread packed last.
-const PackedActivations& packed_rows(const GemmIsa& isa, const GemmProblem& p, uint64_t call, const Group* group) {
-  static thread_local struct {
-    uint64_t call = 0;
-    const Group* group = nullptr;
-    PackedActivations a{};
-  } kept;
-  if (kept.call == call && kept.group == group) return kept.a;
-  kept.call = call;
-  kept.group = group;
-  kept.a =
-      packed_activations(isa.panel, p.m(), p.k(), scratch_of<char>(Slot::panel, packed_bytes(isa.panel, p.m(), p.k())));
-  for (int64_t i = 0; i < p.m(); ++i) pack_activations(isa, p, i, kept.a, i);
-  return kept.a;
-}
-
 class Chunk {
  public:
-  Chunk(const ExpertsIsa& isa, const ExpertsProblem& p, const Memory& memory, int64_t first, int64_t tokens)
+  Chunk(const GemmPair& isa, const ExpertsProblem& p, const Memory& memory, int64_t first, int64_t tokens)
       : isa_(isa), p_(p), memory_(memory), first_(first), tokens_(tokens) {
     sort();
     choose_x();
@@ -148,7 +108,6 @@ class Chunk {
 
  private:
   int64_t k() const { return p_.top_k(); }
-  int64_t cols_after(int64_t count) const { return h_.cols - count; }
   int64_t hidden() const { return p_.hidden(); }
 
   void sort() {
@@ -230,14 +189,11 @@ class Chunk {
     const GemmProblem gate = product(x_, sx_, memory_.token_of, first, rows, expert.gate);
     const GemmProblem up = product(x_, sx_, memory_.token_of, first, rows, expert.up);
     const GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
-    const GemmIsa* stream = isa_.stream;
-    const bool streamed =
-        stream && !stream_refuses(*stream, gate) && !stream_refuses(*stream, up) && !stream_refuses(*stream, down);
-    any_streamed_ |= streamed;
+    const bool streamed = streams(isa_, gate) && streams(isa_, up) && streams(isa_, down);
+    if (streamed) streamed_rows_ += rows;
+    any_packed_ |= !streamed;
     const int64_t widest = std::max(hidden(), expert.gate.count);
-    const int64_t fitting =
-        std::max<int64_t>(kPanelBytes / packed_bytes(isa_.packed->panel, 1, widest), isa_.packed->mr);
-    const int64_t parts = streamed ? 1 : ceil_div(rows, std::min(fitting, kTaskRows));
+    const int64_t parts = streamed ? 1 : ceil_div(rows, packed_part_rows(*isa_.packed, widest));
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t from = first + rows * i / parts, count = first + rows * (i + 1) / parts - from;
       groups_.push_back({&expert, from, count, routed, streamed,
@@ -246,35 +202,10 @@ class Chunk {
     }
   }
 
-  StreamedActivations streamed_rows(const Matrix& a, const ScaleGrid& sa) const {
-    GemmProblem all;
-    all.a = a;
-    all.sa = sa;
-    all.b.dtype = p_.experts->gate.weight.dtype;
-    all.threads = p_.threads;
-    return streamed_activations(*isa_.stream, all);
-  }
-
-  // The part of `all` that begins at row `first`.
-  static StreamedActivations from_row(const StreamedActivations& all, int64_t first) {
-    return {all.values + first * all.k_padded, all.exponents + first, all.k_padded};
-  }
-
   float weight(const Group& g, int64_t i) const {
     if (!g.routed || !p_.weights) return 1.f;
     const int64_t slot = memory_.slot_of[g.first + i];
     return *reinterpret_cast<const float*>(p_.weights.at(slot / k(), slot % k()));
-  }
-
-  // sums[i * ld + j] = row i of the group's product, column j0 + j of the projection; returns ld.
-  int64_t block(const Group& g, const GemmProblem& p, const Projection& w, const StreamedActivations& streamed,
-                uint64_t call, int64_t j0, int64_t cols, const char* next, float* sums) const {
-    if (!g.streamed) {
-      packed_block(*isa_.packed, p, packed_rows(*isa_.packed, p, call, &g), 0, g.rows, w.first + j0, cols, sums);
-      return round_up(cols, isa_.packed->nr);
-    }
-    streamed_block(*isa_.stream, p, streamed, call, w.first + j0, cols, next, sums, cols);
-    return cols;
   }
 
   static void add_bias(const RowOps& rows, const Projection& w, int64_t j0, int64_t n, float* sums) {
@@ -290,36 +221,28 @@ class Chunk {
 
   void hidden_states() {
     const RowOps& rows = *isa_.packed->rows;
-    const uint64_t call = new_call();
-    StreamedActivations x{};
-    if (any_streamed_) {
-      Matrix chunk = x_;
-      ScaleGrid scales = sx_;
-      const int64_t first = first_ - x_first_;
-      chunk.data = x_.at(first, 0);
-      chunk.rows = tokens_;
-      if (scales.values) {
-        scales.values.data = sx_.values.at(first, 0);
-        scales.values.rows = tokens_;
-      }
-      x = from_row(streamed_rows(chunk, scales), -first);
-    }
+    const StreamedActivations x = streamed_x();
+    int64_t rows_of_weights = 0;
+    for (const Group& g : groups_) rows_of_weights += g.expert->gate.count;
+    const int64_t width = streamed_task_rows(rows_of_weights, p_.threads);
     Blocks blocks;
-    for (const Group& g : groups_)
-      blocks.add(g.expert->gate.count, g.streamed ? streamed_task_rows(*isa_.stream, g.gate) : kTaskCols);
+    for (const Group& g : groups_) blocks.add(g.expert->gate.count, g.streamed ? width : kTaskCols);
     parallel_for(p_.threads, blocks.count(), [&](int64_t task) {
-      const size_t at = blocks.group(task);
-      const Group& g = groups_[at];
+      const Blocks::Block block = blocks[task];
+      const Group& g = groups_[block.part];
       const Projection &gate = g.expert->gate, &up = g.expert->up;
-      const int64_t j0 = blocks.first_col(task, at), cols = std::min(blocks.width(at), gate.count - j0);
-      const int64_t room = g.rows * round_up(cols, isa_.packed->nr);
-      float* gates = scratch_of<float>(Slot::own_sums, 2 * room);
-      float* ups = gates + room;
-      const Group& after = groups_[j0 + cols < gate.count || at + 1 == groups_.size() ? at : at + 1];
-      const int64_t next = &after == &g ? j0 + cols : 0;
-      block(g, g.gate, gate, x, call, j0, cols, g.up.b.at(up.first + j0, 0), gates);
-      const int64_t ld =
-          block(g, g.up, up, x, call, j0, cols, after.gate.b.at(after.expert->gate.first + next, 0), ups);
+      const int64_t j0 = block.first, cols = std::min(block.width, gate.count - j0);
+      float* gates = scratch_of<float>(Slot::own_sums, 2 * sums_room(isa_, g.rows, cols));
+      float* ups = gates + sums_room(isa_, g.rows, cols);
+      StreamedActivations own = x;
+      own.index = memory_.token_of + g.first;
+      const Part of_gate{&g.gate, 0, g.rows, g.streamed, own}, of_up{&g.up, 0, g.rows, g.streamed, own};
+      const PackedActivations packed = pack_part(isa_, of_gate);
+      multiply_part(isa_, of_gate, packed, gate.first + j0, cols, g.up.b.at(up.first + j0, 0), gates);
+      const bool last_of_group = j0 + cols == gate.count && block.part + 1 < groups_.size();
+      const Group& after = groups_[block.part + (last_of_group ? 1 : 0)];
+      const char* next = after.gate.b.at(after.expert->gate.first + (last_of_group ? 0 : j0 + cols), 0);
+      const int64_t ld = multiply_part(isa_, of_up, packed, up.first + j0, cols, next, ups);
       for (int64_t i = 0; i < g.rows; ++i) {
         float *a = gates + i * ld, *b = ups + i * ld;
         if (p_.weight_on_input) {
@@ -330,45 +253,80 @@ class Chunk {
         add_bias(rows, up, j0, cols, b);
         rows.gated(p_.gating, a, b, cols, a);
         rows.store(h_.dtype, a, cols, h_.at(g.first + i, j0));
-        if (j0 + cols == gate.count && cols_after(gate.count) > 0)  // of narrower experts than others
+        if (j0 + cols == gate.count)  // of an expert that is narrower than others
           std::memset(h_.at(g.first + i, gate.count), 0,
-                      static_cast<size_t>(cols_after(gate.count) * size_of(h_.dtype)));
+                      static_cast<size_t>((h_.cols - gate.count) * size_of(h_.dtype)));
       }
     });
   }
 
-  // columns(j0, cols, body) calls body(group, sums, ld) for every group, its products of these columns complete.
-  template <class Body>
-  void each_group(const StreamedActivations& h, uint64_t call, int64_t j0, int64_t cols, const Body& body) const {
-    for (size_t at = 0; at < groups_.size(); ++at) {
-      const Group& g = groups_[at];
-      const bool last = at + 1 == groups_.size();
-      const Group& after = groups_[last ? 0 : at + 1];
-      const char* next = after.down.b.at(after.expert->down.first + j0 + (last ? cols : 0), 0);
-      float* sums = scratch_of<float>(Slot::own_sums, g.rows * round_up(cols, isa_.packed->nr));
-      const StreamedActivations own = g.streamed ? from_row(h, g.first) : h;
-      const int64_t ld = block(g, g.down, g.expert->down, own, call, j0, cols, next, sums);
-      for (int64_t i = 0; i < g.rows; ++i) add_bias(*isa_.packed->rows, g.expert->down, j0, cols, sums + i * ld);
-      body(g, sums, ld);
-    }
+  // The chunk's rows of x for the experts that are streamed; row i is that of token x_first_ + i.
+  StreamedActivations streamed_x() const {
+    if (!streamed_rows_) return {};
+    const int64_t first = first_ - x_first_, bytes = streamed_bytes(tokens_, hidden());
+    StreamedActivations x = streamed_activations(tokens_, hidden(), scratch_of<char>(Slot::shared_a, bytes));
+    GemmProblem all;
+    all.a = x_;
+    all.sa = sx_;
+    parallel_for(p_.threads, tokens_, [&](int64_t i) { stream_activations(*isa_.stream, all, first + i, x, i); });
+    x.values -= first * x.k_padded;
+    x.exponents -= first;
+    return x;
   }
 
+  // The rows of h for the experts that are streamed, a part for every group.
+  std::vector<Part> parts_of_h() const {
+    std::vector<Part> parts;
+    char* memory = nullptr;
+    if (streamed_rows_) {
+      const auto most = static_cast<int64_t>(groups_.size());
+      memory = scratch_of<char>(Slot::shared_a, streamed_bytes(streamed_rows_, h_.cols) + 64 * most);
+    }
+    for (const Group& g : groups_) {
+      parts.push_back({&g.down, 0, g.rows, g.streamed, {}});
+      if (!g.streamed) continue;
+      parts.back().activations = streamed_activations(g.rows, g.down.k(), memory);
+      memory += round_up(streamed_bytes(g.rows, g.down.k()), 64);
+    }
+    if (streamed_rows_)
+      parallel_for(p_.threads, static_cast<int64_t>(parts.size()), [&](int64_t at) {
+        const Part& part = parts[static_cast<size_t>(at)];
+        for (int64_t i = 0; part.streamed && i < part.rows; ++i)
+          stream_activations(*isa_.stream, *part.product, i, part.activations, i);
+      });
+    return parts;
+  }
+
+  // body(j0, cols, each_group) for every block of the result's columns, in parallel. each_group(add) calls
+  // add(group, sums, ld) for every group, with its rows' products of these columns, biases added.
   template <class Body>
   void each_columns(const Body& body) const {
-    StreamedActivations h{};
-    if (any_streamed_) h = streamed_rows(h_, sh_);
-    const uint64_t call = new_call();
-    parallel_for(p_.threads, ceil_div(hidden(), kResultCols), [&](int64_t task) {
-      const int64_t j0 = task * kResultCols;
-      body(h, call, j0, std::min(kResultCols, hidden() - j0));
+    const std::vector<Part> parts = parts_of_h();
+    // Narrow blocks balance the threads better, but every block packs its rows anew.
+    const int64_t width = any_packed_ ? kTaskCols : streamed_task_rows(hidden(), p_.threads);
+    parallel_for(p_.threads, ceil_div(hidden(), width), [&](int64_t task) {
+      const int64_t j0 = task * width, cols = std::min(width, hidden() - j0);
+      body(j0, cols, [&](const auto& add) {
+        for (size_t at = 0; at < groups_.size(); ++at) {
+          const Group& g = groups_[at];
+          const bool last = at + 1 == groups_.size();
+          const Group& after = groups_[last ? 0 : at + 1];
+          const char* next = after.down.b.at(after.expert->down.first + j0 + (last ? cols : 0), 0);
+          float* sums = scratch_of<float>(Slot::own_sums, sums_room(isa_, g.rows, cols));
+          const int64_t ld =
+              multiply_part(isa_, parts[at], pack_part(isa_, parts[at]), g.expert->down.first + j0, cols, next, sums);
+          for (int64_t i = 0; i < g.rows; ++i) add_bias(*isa_.packed->rows, g.expert->down, j0, cols, sums + i * ld);
+          add(g, sums, ld);
+        }
+      });
     });
   }
 
   void results() const {
-    each_columns([&](const StreamedActivations& h, uint64_t call, int64_t j0, int64_t cols) {
+    each_columns([&](int64_t j0, int64_t cols, const auto& each_group) {
       float* totals = scratch_of<float>(Slot::own_totals, tokens_ * cols);
       std::fill_n(totals, tokens_ * cols, 0.f);
-      each_group(h, call, j0, cols, [&](const Group& g, const float* sums, int64_t ld) {
+      each_group([&](const Group& g, const float* sums, int64_t ld) {
         for (int64_t i = 0; i < g.rows; ++i) {
           const float w = p_.weight_on_input ? 1.f : weight(g, i);
           float* total = totals + (memory_.token_of[g.first + i] + x_first_ - first_) * cols;
@@ -382,18 +340,18 @@ class Chunk {
 
   // Without the sum: each slot's row, zeros where it is skipped.
   void rows_of_slots() const {
-    each_columns([&](const StreamedActivations& h, uint64_t call, int64_t j0, int64_t cols) {
-      const float zeros[kResultCols] = {};
+    each_columns([&](int64_t j0, int64_t cols, const auto& each_group) {
+      const float zeros[kTaskCols] = {};
       for (int64_t s = first_ * k(); s < (first_ + tokens_) * k(); ++s)
         if (index_at(p_.ids, s / k(), s % k()) < 0) store_row(*isa_.packed->rows, zeros, cols, p_.out, s, j0);
-      each_group(h, call, j0, cols, [&](const Group& g, const float* sums, int64_t ld) {
+      each_group([&](const Group& g, const float* sums, int64_t ld) {
         for (int64_t i = 0; i < g.rows; ++i)
           store_row(*isa_.packed->rows, sums + i * ld, cols, p_.out, memory_.slot_of[g.first + i], j0);
       });
     });
   }
 
-  const ExpertsIsa& isa_;
+  const GemmPair& isa_;
   const ExpertsProblem& p_;
   const Memory& memory_;
   const int64_t first_, tokens_;
@@ -401,13 +359,14 @@ class Chunk {
   int64_t x_first_ = 0;  // the token of x_'s first row
   Matrix x_, h_;
   ScaleGrid sx_, sh_;
-  bool any_streamed_ = false;
+  int64_t streamed_rows_ = 0;
+  bool any_packed_ = false;
   std::vector<Group> groups_;
 };
 
 }  // namespace
 
-const char* experts_refuse(const ExpertsIsa& isa, const ExpertsProblem& p) {
+const char* experts_refuse(const GemmPair& isa, const ExpertsProblem& p) {
   const auto refused = [&](const Projection& w) {
     GemmProblem g;
     g.a = dense(nullptr, is_quantised(p) ? Dtype::e4m3fn : p.x.dtype, 1, w.weight.cols);
@@ -425,7 +384,7 @@ int64_t experts_workspace_bytes(const ExpertsProblem& p) {
   return p.tokens() ? Memory(p, nullptr).bytes + 63 : 0;  // wherever the workspace begins
 }
 
-void fused_experts(const ExpertsIsa& isa, const ExpertsProblem& p) {
+void fused_experts(const GemmPair& isa, const ExpertsProblem& p) {
   char* workspace = p.workspace.data;
   if (!workspace) workspace = scratch_of<char>(Slot::experts, experts_workspace_bytes(p));
   workspace += -reinterpret_cast<uintptr_t>(workspace) & 63;

@@ -106,7 +106,7 @@ def fused_experts(
         y = Wdown round(h) + bd
 
     round: to x's dtype (W8A16), or quantised as by `per_token_cast_to_fp8` (W8A8). Nothing else is rounded
-    but for float32 sums, in the order of j, then of the shared experts; the result is cast once.
+    but for float32 sums, in a fixed order; the result is cast once.
 
     x: [T, H] float32, float16 or bfloat16; or FP8 with 1x128 scales, a ScaledTensor or (data, scale): W8A8.
     experts: ExpertWeights, used in place.
