@@ -55,9 +55,7 @@ int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool sca
       rows.scale(dst + j, scale_of(p.sa, i, j), n, dst + j);
     }
   }
-  float amax = 0.f;
-  rows.amax(Dtype::f32, reinterpret_cast<const char*>(dst), k, std::max<int64_t>(k, 1), &amax);
-  const int e = exponent_of(amax);
+  const int e = exponent_of(rows.amax(dst, k));
   // top - e reaches 247, beyond f32's largest power: two factors.
   const int first = std::min(top - e, 120), second = top - e - first;
   rows.scale(dst, power_of_two(first), k, dst);

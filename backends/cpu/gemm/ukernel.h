@@ -10,17 +10,31 @@ namespace moekern::cpu {
 
 constexpr int kBlock = 128;  // k advances one scale block at a time, in both kernels
 
+// Rows of x to cast to FP8 together, `width` columns after another: the blocks are as tall as the panel, and
+// one column wide or kBlock. Strides of rows are in bytes.
+constexpr int64_t kWidestCast = 2048;
+struct CastPanel {
+  const char* x;
+  int64_t x_stride, rows, cols;
+  int64_t width;  // a multiple of kBlock, at most kWidestCast
+  bool by_column;
+  uint8_t* q;
+  int64_t q_stride;
+  float* scale;
+  int64_t scale_stride;  // in floats
+  bool round_scale_up;
+  const char* next;  // what will be read next, with the strides of x: for prefetching only
+  bool past_caches;  // how q is to be written; its rows are then aligned to 64 bytes
+};
+
 // Row primitives, shared with quant/. n is free: tails are handled inside, nothing past n is touched.
 struct RowOps {
   void (*load)(Dtype, const char* src, int64_t n, float* dst);   // exact
   void (*store)(Dtype, const float* src, int64_t n, char* dst);  // f32, f16, bf16: round to nearest even
-  // Of f32, f16 or bf16: amax[i / block] = max(amax[i / block], |x[i]|); NaN is above infinity and stays.
-  void (*amax)(Dtype, const char* x, int64_t n, int64_t block, float* amax);
+  float (*amax)(const float* x, int64_t n);                      // max |x|; NaN is above infinity
   void (*scale)(const float* x, float s, int64_t n, float* dst);
-  // dst[i] = rne(clamp(x[i] * s[i / block], +-max)). `bounded` promises finite x and |x * s| <= max but for
-  // rounding. `next` is what the caller will read next, for prefetching only.
-  void (*quantize)(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
-                   uint8_t* dst, const char* next);
+  // From f32, f16 or bf16: scale = max(amax, 1e-4) / max, q = rne(clamp(x * (1 / scale), +-max)).
+  void (*cast_panel)(Dtype from, Dtype to, const CastPanel&);
   void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
 };
 
