@@ -3,6 +3,7 @@
 #include "cpu/elements.h"
 #include "cpu/gemm/decode.h"
 #include "cpu/gemm/ukernel.h"
+#include "cpu/quant/from_fp8.h"
 #include "cpu/quant/to_fp8.h"
 #include "moekern/float_formats.h"
 
@@ -120,7 +121,7 @@ void row_silu_mul(const float* gate, const float* up, int64_t n, float* dst) {
   }
 }
 
-constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_silu_mul};
+constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_dequantize, row_silu_mul};
 
 }  // namespace
 }  // namespace moekern::cpu
