@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn import functional as F
@@ -183,14 +183,17 @@ PEERS: tuple[type[Peer], ...] = (
 )
 
 
-def choose(wanted: str) -> tuple[list[type[Peer]], dict[str, str]]:
+P = TypeVar("P", bound="type[Any]")
+
+
+def choose(wanted: str, peers: tuple[P, ...]) -> tuple[list[P], dict[str, str]]:
     """Peers by name or family ("torch", "onnxruntime-int8", "none"), and why those absent are absent."""
-    chosen: list[type[Peer]] = []
+    chosen: list[P] = []
     absent: dict[str, str] = {}
     for word in (part.strip() for part in wanted.split(",") if wanted != "none"):
-        named = [peer for peer in PEERS if word in (peer.name, peer.name.split("-")[0])]
+        named = [peer for peer in peers if word in (peer.name, peer.name.split("-")[0])]
         if not named:
-            names = ", ".join(peer.name for peer in PEERS)
+            names = ", ".join(peer.name for peer in peers)
             raise ValueError(f"--peers {word}: it is none of {names}, or a family of them")
         for peer in named:
             if reason := peer.missing():

@@ -11,13 +11,15 @@ from typing import Any
 from compete import Row
 from machine import headline
 from measure import Samples
+from moe_peers import MOE_PEERS
 from peers import PEERS
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort-") for peer in PEERS}
+KNOWN = (*PEERS, *MOE_PEERS)
+SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort-") for peer in KNOWN}
 
 
 def duration(seconds: float) -> str:
@@ -126,7 +128,7 @@ def legend(console: Console, rows: list[Row], absent: dict[str, str]) -> None:
         "the limit that binds, of this run, over the time. vs: times faster than the peer."
     )
     present = {name for row in rows for name in row.peers}
-    for peer in PEERS:
+    for peer in KNOWN:
         if peer.name in present:
             console.print(f"[dim]{SHORT[peer.name]}: {peer.name}, {peer.says}")
     for name, reason in absent.items():

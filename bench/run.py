@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import compete
 import machine
+import moe
 import overheads
 import problems
 import report
@@ -15,7 +16,8 @@ import suites
 import torch
 import typer
 from compete import Effort, Row
-from peers import Peer, choose
+from moe_peers import MOE_PEERS
+from peers import PEERS, Peer, choose
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from stock import Stock
@@ -23,9 +25,12 @@ from suites import Linear
 
 import moekern
 from moekern.ops import OPS
+from moekern.testing.moe_models import LAYERS
 
-OP_NAMES = [op.name for op in OPS]
+OP_NAMES = [op.name for op in OPS if op.name != "fused_experts"]  # whose benchmark is of whole layers: --op moe
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
+QUICK_MOE_PEERS = "torch-loop-bf16"
+MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
 WIDTH = 118  # of the tables where the output is no terminal
 BUSY = 0.5  # load, before this run adds its own
 
@@ -117,7 +122,7 @@ class Bench:
 def main(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
-    op: Annotated[str, typer.Option(help=f"ops, separated by commas, or all: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
+    op: Annotated[str, typer.Option(help=f"moe, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
     m: Annotated[str | None, typer.Option(help="numbers of rows, separated by commas, instead of the suite's")] = None,
     activations: Annotated[str, typer.Option(help="bf16 (W8A16), fp8 (W8A8) or both")] = "bf16,fp8",
@@ -125,6 +130,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="under 3 minutes: fewer rows, samples and peers")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
+    layers: Annotated[str, typer.Option(help=f"of --op moe: {', '.join(LAYERS)}")] = MOE_LAYERS,
+    checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
+    layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
     real: Annotated[bool, typer.Option("--real", help="instead: a real language model with FP8 layers")] = False,
     json: Annotated[Path | None, typer.Option(help="write everything here")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the roofline here, as PNG")] = None,
@@ -132,10 +140,13 @@ def main(
     """Times FP8 kernels against this machine's limits and against what else one could call."""
     try:
         table = suites.load(suite)
-        chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS))
+        if op == "moe":
+            moe_peers, absent = choose(peers or (QUICK_MOE_PEERS if quick else ALL_PEERS), MOE_PEERS)
+        else:
+            chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    ops = OP_NAMES if op == "all" else _words("--op", op, OP_NAMES)
+    ops = OP_NAMES if op == "all" else [] if op == "moe" else _words("--op", op, OP_NAMES)
     kinds = _words("--activations", activations, ["bf16", "fp8"])
     rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
 
@@ -159,6 +170,13 @@ def main(
             result["real"] = real_model.run(console, quick)
         except real_model.Missing as reason:
             raise typer.BadParameter(str(reason), param_hint="--real") from None
+    elif op == "moe":
+        weights = [moe.mapped(checkpoint, layer)] if checkpoint else moe.load(_words("--layers", layers, list(LAYERS)))
+        tokens = _numbers("--m", m) if m else moe.QUICK_TOKENS if quick else moe.TOKENS
+        effort = Effort(0.25, 9) if quick else Effort(2.0, 25)
+        found, notes = moe.run(console, weights, tokens, kinds, kernel, moe_peers, effort)
+        result["results"] = [row.to_json() for row in found]
+        report.legend(console, found, absent)
     else:
         bench = Bench(console, ops, table.linears, rows, kinds)
         effort = Effort(0.25, 9) if quick else Effort(1.0, 25)

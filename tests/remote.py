@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from executors import Executor
 
-from moekern import Device, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern import Device, ExpertWeights, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern.ops.experts import ACTIVATIONS
 
 BUILD = Path(__file__).parents[1] / "build"
 # 32-byte vectors: what sve_256 kernels are compiled for. The emulator's own default is 64.
@@ -44,6 +45,7 @@ _DTYPES = {
     torch.float8_e8m0fnu: "ue8m0",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -184,15 +186,35 @@ class _Request:
 
     def __init__(self, op: Op, args: tuple) -> None:
         self.op = "cast_to_fp8" if op in CASTS[:3] else op.name
+        self.options: list[str] = []
         self.lines: list[str] = []
         self.memories: list[_Memory] = []
         self._memory_at: dict[int, int] = {}
         named = dict(zip(op.params, args, strict=True))
-        self.round_scale_up = bool(named.get("round_scale_up"))
         self._add("out", named.pop("out"), writable=True)
         for name, value in named.items():
             if isinstance(value, (torch.Tensor, ScaledTensor)):
-                self._add(name, value, writable=False)
+                self._add(name, value, writable=name == "workspace")
+            elif isinstance(value, ExpertWeights):
+                self._add_experts(name, value)
+            elif name == "activation":
+                self.options.append(f"activation {ACTIVATIONS.index(value)}")
+            elif isinstance(value, (bool, int, float)):
+                self.options.append(f"{name} {float(value)!r}")
+
+    def _add_experts(self, name: str, experts: ExpertWeights) -> None:
+        for e, projections in enumerate(experts.projections()):
+            for which, (matrix, bias) in zip(("gate", "up", "down"), projections, strict=True):
+                self._add(f"{name}.{e}.{which}", matrix, writable=False)
+                if bias is not None:
+                    self._add(f"{name}.{e}.{which}.bias", bias, writable=False)
+        for key, value in (
+            ("count", experts.num_experts),
+            ("hidden", experts.hidden_size),
+            ("intermediate", experts.intermediate_size),
+            ("up_first", experts.up_first),
+        ):
+            self.options.append(f"{name}.{key} {value}")
 
     def _add(self, name: str, value: torch.Tensor | ScaledTensor, writable: bool) -> None:
         if isinstance(value, ScaledTensor):
@@ -212,8 +234,9 @@ class _Request:
         self.lines.append(" ".join(map(str, (name, _DTYPES[tensor.dtype], *fields))))
 
     def encoded(self, verb: str, kernel: str, threads: int) -> bytes:
-        counts = (threads, int(self.round_scale_up), len(self.lines), len(self.memories))
-        parts = ["\n".join([" ".join(map(str, (verb, self.op, kernel, *counts))), *self.lines, ""]).encode()]
+        counts = (threads, len(self.options), len(self.lines), len(self.memories))
+        head = " ".join(map(str, (verb, self.op, kernel, *counts)))
+        parts = ["\n".join([head, *self.options, *self.lines, ""]).encode()]
         for memory in self.memories:
             parts += [f"{memory.bytes} {int(memory.writable)}\n".encode(), memory.view.numpy().tobytes(), b"\n"]
         return b"".join(parts)

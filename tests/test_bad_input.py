@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import moekern
-from moekern import ScaledTensor
+from moekern import GroupedLayout, ScaledTensor
 from moekern.ops import OPS
 
 M, N, K = 5, 200, 300
@@ -146,7 +147,11 @@ def scaled(data: Any, scale: Any, block: Any = (0, 0)) -> Any:
 SCALED: dict[str, tuple[str, Callable[[], Any]]] = {
     "data None": ("data", lambda: scaled(None, grid(2, 3))),
     "data float": ("data", lambda: scaled(torch.zeros(N, K), grid(2, 3))),
-    "data 3-D": ("data", lambda: scaled(fp8(1, N, K), grid(2, 3))),
+    "data 1-D": ("data", lambda: scaled(fp8(K), grid(1))),
+    "data 4-D": ("data", lambda: scaled(fp8(1, 1, N, K), grid(1, 1, 2, 3))),
+    "scale of one matrix for a stack": ("scale", lambda: scaled(fp8(4, N, K), grid(2, 3))),
+    "scale of another stack": ("scale", lambda: scaled(fp8(4, N, K), grid(3, 2, 3))),
+    "scale of a scalar for a stack": ("scale", lambda: scaled(fp8(4, N, K), grid())),
     "scale None": ("scale", lambda: scaled(fp8(N, K), None)),
     "scale int": ("scale", lambda: scaled(fp8(N, K), torch.ones(2, 3, dtype=torch.int32))),
     "scale 3-D": ("scale", lambda: scaled(fp8(N, K), grid(1, 2, 3), (128, 128))),
@@ -232,9 +237,224 @@ DEQUANTIZE: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
 }
 
+G, CAPACITY = 3, 4  # groups of 2, 0 and 3 rows
+
+
+def fp8_stack(count: int = G, rows: int = N, columns: int = K) -> ScaledTensor:
+    return ScaledTensor(fp8(count, rows, columns), grid(count, -(-rows // 128), -(-columns // 128)))
+
+
+def rows_layout() -> GroupedLayout:
+    return GroupedLayout.from_counts([2, 0, 3])
+
+
+def m_grouped(**changes: Any) -> Any:
+    arguments = {"a": torch.zeros(M, K), "b": fp8_stack(), "layout": rows_layout(), **changes}
+    return moekern.m_grouped_fp8_gemm_nt_contiguous(**arguments)
+
+
+def written(index: int, value: int, of: str = "counts") -> GroupedLayout:
+    """A layout that somebody wrote to, behind the constructor's back."""
+    layout = rows_layout()
+    getattr(layout, of)[index] = value
+    return layout
+
+
+def into_its_operand(name: str) -> Any:
+    """out begins at the last byte of an operand."""
+    buffer = torch.zeros(G * N * K, dtype=torch.uint8)
+    if name == "a":
+        a = buffer[: M * K * 4].view(torch.float32).view(M, K)
+        return m_grouped(a=a, out=buffer[M * K * 4 - 4 :][: M * N * 4].view(torch.float32).view(M, N))
+    out = buffer[-M * N * 4 :].view(torch.float32).view(M, N)
+    data = buffer[: G * N * K].view(FP8).view(G, N, K)
+    scale = grid(G, 2, 3)
+    if name == "b.scale":
+        scale = out.view(-1)[: G * 6].view(G, 2, 3)
+        data = fp8(G, N, K)
+    if name == "a matrix of b":
+        return m_grouped(b=[(fp8(N, K), grid(2, 3)), (fp8(N, K), grid(2, 3)), (data[2], scale[2])], out=out)
+    return m_grouped(b=(data, scale), out=out)
+
+
+M_GROUPED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "a None": ("a", lambda: m_grouped(a=None)),
+    "a FP8 without scale": ("a", lambda: m_grouped(a=fp8(M, K))),
+    "a int": ("a", lambda: m_grouped(a=torch.zeros(M, K, dtype=torch.int64))),
+    "a 3-D": ("a", lambda: m_grouped(a=torch.zeros(1, M, K))),
+    "a a stack": ("a", lambda: m_grouped(a=ScaledTensor(fp8(1, M, K), grid(1, M, 3)))),
+    "a other k": ("a", lambda: m_grouped(a=torch.zeros(M, K + 1))),
+    "a other rows than the layout": ("a", lambda: m_grouped(a=torch.zeros(M + 1, K))),
+    "a meta": ("a", lambda: m_grouped(a=torch.zeros(M, K, device="meta"))),
+    "a negated view": ("a", lambda: m_grouped(a=torch._neg_view(torch.zeros(M, K)))),
+    "a scale grid": ("a", lambda: m_grouped(a=(fp8(M, K), grid(M, 4)))),
+    "b None": ("b", lambda: m_grouped(b=None)),
+    "b a tensor": ("b", lambda: m_grouped(b=torch.zeros(G, N, K))),
+    "b one matrix": ("b", lambda: m_grouped(b=weights())),
+    "b an empty list": ("b", lambda: m_grouped(b=[])),
+    "b a list of tensors": ("b", lambda: m_grouped(b=[fp8(N, K)] * G)),
+    "b a list of numbers": ("b", lambda: m_grouped(b=[1, 2, 3])),
+    "b a list of stacks": ("b", lambda: m_grouped(b=[fp8_stack()] * G)),
+    "b a list with a float matrix": ("b", lambda: m_grouped(b=[weights(), (torch.zeros(N, K), grid(2, 3)), weights()])),
+    "b matrices of two shapes": ("b", lambda: m_grouped(b=[weights(), weights(), fp8_stack(1, N - 1).group(0)])),
+    "b matrices of two formats": (
+        "b",
+        lambda: m_grouped(b=[weights(), weights(), ScaledTensor(fp8(N, K).view(torch.float8_e5m2), grid(2, 3))]),
+    ),
+    "b matrices of two blocks": ("b", lambda: m_grouped(b=[weights(), weights(), ScaledTensor(fp8(N, K), grid(N, 3))])),
+    "b matrices of two strides": (
+        "b",
+        lambda: m_grouped(b=[weights(), weights(), ScaledTensor(fp8(K, N).T, grid(2, 3))]),
+    ),
+    "b matrices of two scale dtypes": (
+        "b",
+        lambda: m_grouped(b=[weights(), weights(), ScaledTensor(fp8(N, K), grid(2, 3).to(torch.float8_e8m0fnu))]),
+    ),
+    "b a meta matrix": (
+        "b",
+        lambda: m_grouped(b=[weights(), weights(), (fp8(N, K).to("meta"), grid(2, 3).to("meta"))]),
+    ),
+    "b other groups than the layout": ("b", lambda: m_grouped(b=fp8_stack(G + 1))),
+    "b a list of other groups": ("b", lambda: m_grouped(b=[weights()] * (G - 1))),
+    "b meta": ("b", lambda: m_grouped(b=(fp8(G, N, K).to("meta"), grid(G, 2, 3).to("meta")))),
+    "layout None": ("layout", lambda: m_grouped(layout=None)),
+    "layout DeepGEMM's indices": ("layout", lambda: m_grouped(layout=rows_layout().indices())),
+    "layout masked": ("layout", lambda: m_grouped(layout=GroupedLayout.from_masked([2, 0, 3], CAPACITY))),
+    "layout counts written": ("layout", lambda: m_grouped(layout=written(2, 4))),
+    "layout counts written huge": ("layout", lambda: m_grouped(layout=written(2, 2**62))),
+    "layout counts written negative": ("layout", lambda: m_grouped(layout=written(0, -1))),
+    "layout starts written": ("layout", lambda: m_grouped(layout=written(2, -5, "starts"))),
+    "layout starts written to overlap": ("layout", lambda: m_grouped(layout=written(2, 1, "starts"))),
+    "layout against a block of scales": (
+        "layout",
+        lambda: m_grouped(a=ScaledTensor(fp8(M, K), grid(2, 3), (4, 128))),
+    ),
+    "out shape": ("out", lambda: m_grouped(out=torch.zeros(M, N + 1))),
+    "out 3-D": ("out", lambda: m_grouped(out=torch.zeros(1, M, N))),
+    "out int": ("out", lambda: m_grouped(out=torch.zeros(M, N, dtype=torch.int32))),
+    "out a number": ("out", lambda: m_grouped(out=0)),
+    "out meta": ("out", lambda: m_grouped(out=torch.zeros(M, N, device="meta"))),
+    "out negated view": ("out", lambda: m_grouped(out=torch._neg_view(torch.zeros(M, N)))),
+    "out expanded": ("out", lambda: m_grouped(out=torch.zeros(1, N).expand(M, N))),
+    "out against out_dtype": ("out", lambda: m_grouped(out=torch.zeros(M, N), out_dtype=torch.bfloat16)),
+    "out_dtype FP8": ("out_dtype", lambda: m_grouped(out_dtype=FP8)),
+    **{
+        f"out overlaps {name}": ("out", lambda name=name: into_its_operand(name))
+        for name in ("a", "b", "b.scale", "a matrix of b")
+    },
+}
+
+
+def masked(**changes: Any) -> Any:
+    layout = GroupedLayout.from_masked([2, 0, 3], CAPACITY)
+    arguments = {"a": torch.zeros(G, CAPACITY, K), "b": fp8_stack(), "layout": layout, **changes}
+    return moekern.m_grouped_fp8_gemm_nt_masked(**arguments)
+
+
+MASKED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "a 2-D": ("a", lambda: masked(a=torch.zeros(G * CAPACITY, K))),
+    "a one FP8 matrix": ("a", lambda: masked(a=ScaledTensor(fp8(M, K), grid(M, 3)))),
+    "a FP8 without scale": ("a", lambda: masked(a=fp8(G, CAPACITY, K))),
+    "a of another capacity": ("a", lambda: masked(a=torch.zeros(G, CAPACITY + 1, K))),
+    "a of other groups": ("a", lambda: masked(a=torch.zeros(G + 1, CAPACITY, K))),
+    "a other k": ("a", lambda: masked(a=torch.zeros(G, CAPACITY, K - 1))),
+    "b other groups than the layout": ("b", lambda: masked(b=fp8_stack(G - 1))),
+    "layout contiguous": ("layout", lambda: masked(layout=rows_layout())),
+    "layout DeepGEMM's masked_m": ("layout", lambda: masked(layout=torch.tensor([2, 0, 3]))),
+    "out 2-D": ("out", lambda: masked(out=torch.zeros(G * CAPACITY, N))),
+    "out shape": ("out", lambda: masked(out=torch.zeros(G, CAPACITY, N - 1))),
+    "out other groups": ("out", lambda: masked(out=torch.zeros(G - 1, CAPACITY, N))),
+    "out one group for all": ("out", lambda: masked(out=torch.zeros(1, CAPACITY, N).expand(G, CAPACITY, N))),
+    "out groups that overlap": (
+        "out",
+        lambda: masked(out=torch.zeros(G * CAPACITY * N).as_strided((G, CAPACITY, N), (N, N, 1))),
+    ),
+    "out overlaps a": (
+        "out",
+        lambda: masked(a=(x := torch.zeros(G, CAPACITY, K)), out=x.view(-1)[: G * CAPACITY * N].view(G, CAPACITY, N)),
+    ),
+}
+
+
+def k_grouped(**changes: Any) -> Any:
+    arguments = {
+        "a": ScaledTensor(fp8(300, M), grid(3, M)),
+        "b": ScaledTensor(fp8(300, N), grid(3, N)),
+        "layout": GroupedLayout.from_counts([128, 0, 40], rows=300),
+        **changes,
+    }
+    return moekern.k_grouped_fp8_gemm_tn_contiguous(**arguments)
+
+
+K_GROUPED: dict[str, tuple[str, Callable[[], Any]]] = {
+    "a None": ("a", lambda: k_grouped(a=None)),
+    "a FP8 without scale": ("a", lambda: k_grouped(a=fp8(300, M))),
+    "a other rows than the layout": ("a", lambda: k_grouped(a=torch.zeros(299, M))),
+    "a 3-D": ("a", lambda: k_grouped(a=torch.zeros(1, 300, M))),
+    "b float": ("b", lambda: k_grouped(b=torch.zeros(300, N))),
+    "b a stack": ("b", lambda: k_grouped(b=ScaledTensor(fp8(1, 300, N), grid(1, 3, N)))),
+    "b other rows than the layout": ("b", lambda: k_grouped(b=ScaledTensor(fp8(301, N), grid(3, N)))),
+    "layout a list of ks": ("layout", lambda: k_grouped(layout=[128, 0, 40])),
+    "layout masked": ("layout", lambda: k_grouped(layout=GroupedLayout.from_masked([128, 0, 40], 100 + 28))),
+    "layout that starts within a block of scales": (
+        "layout",
+        lambda: k_grouped(layout=GroupedLayout.from_counts([100, 0, 40], rows=300)),
+    ),
+    "layout counts written": (
+        "layout",
+        lambda: k_grouped(layout=(x := GroupedLayout.from_counts([128, 172]), x.counts.fill_(300))[0]),
+    ),
+    "c a number": ("c", lambda: k_grouped(c=0.0)),
+    "c 2-D": ("c", lambda: k_grouped(c=torch.zeros(M, N))),
+    "c shape": ("c", lambda: k_grouped(c=torch.zeros(G, N, M))),
+    "c int": ("c", lambda: k_grouped(c=torch.zeros(G, M, N, dtype=torch.int32))),
+    "c negated view": ("c", lambda: k_grouped(c=torch._neg_view(torch.zeros(G, M, N)))),
+    "out shape": ("out", lambda: k_grouped(out=torch.zeros(G + 1, M, N))),
+    "out 2-D": ("out", lambda: k_grouped(out=torch.zeros(M, N))),
+    "out FP8": ("out", lambda: k_grouped(out=fp8(G, M, N))),
+    "out one matrix for all": ("out", lambda: k_grouped(out=torch.zeros(1, M, N).expand(G, M, N))),
+    "out against out_dtype": ("out", lambda: k_grouped(out=torch.zeros(G, M, N), out_dtype=torch.float16)),
+    "out overlaps c": (
+        "out",
+        lambda: k_grouped(c=(x := torch.zeros(G * M * N + 1))[1:].view(G, M, N), out=x[:-1].view(G, M, N)),
+    ),
+    "out overlaps a": (
+        "out",
+        lambda: k_grouped(
+            a=(x := torch.zeros(300, M)), out=x.view(-1)[: M * G].view(G, M, 1), b=ScaledTensor(fp8(300, 1), grid(3, 1))
+        ),
+    ),
+    "out overlaps b": (
+        "out",
+        lambda: k_grouped(
+            b=ScaledTensor((x := torch.zeros(300, N // 4)).view(FP8), grid(3, N)),
+            out=x.view(-1)[: G * N].view(G, 1, N),
+            a=torch.zeros(300, 1),
+        ),
+    ),
+    "out_dtype int": ("out_dtype", lambda: k_grouped(out_dtype=torch.int8)),
+}
+
+GROUPED_WEIGHTS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "groups None": ("groups", lambda: moekern.GroupedWeights(None)),
+    "groups a stack": ("groups", lambda: moekern.GroupedWeights(fp8_stack())),
+    "groups empty": ("groups", lambda: moekern.GroupedWeights([])),
+    "groups a tensor in it": ("groups", lambda: moekern.GroupedWeights([weights(), fp8(N, K)])),
+    "groups two shapes": ("groups", lambda: moekern.GroupedWeights([weights(), fp8_stack(1, N + 1).group(0)])),
+}
+
 TABLE = [
     pytest.param(argument, call, id=f"{op}: {name}")
-    for op, rows in (("gemm", GEMM), ("ScaledTensor", SCALED), ("cast", CAST), ("dequantize", DEQUANTIZE))
+    for op, rows in (
+        ("gemm", GEMM),
+        ("m_grouped", M_GROUPED),
+        ("masked", MASKED),
+        ("k_grouped", K_GROUPED),
+        ("GroupedWeights", GROUPED_WEIGHTS),
+        ("ScaledTensor", SCALED),
+        ("cast", CAST),
+        ("dequantize", DEQUANTIZE),
+    )
     for name, (argument, call) in rows.items()
 ]
 
@@ -244,10 +464,8 @@ def test_refused_with_the_argument_named(argument: str, call: Callable[[], Any])
     with pytest.raises((ValueError, TypeError)) as caught:
         call()
     before, _, rest = str(caught.value).partition(": ")
-    said = rest if before in {op.name for op in OPS} else str(caught.value)
-    assert said.replace(".", " ").split()[0] == argument, (
-        f"the message does not begin with {argument!r}: {caught.value}"
-    )
+    said = rest if before in {op.name for op in OPS} | {"GroupedWeights"} else str(caught.value)
+    assert re.split(r"[ .\[]", said)[0] == argument, f"the message does not begin with {argument!r}: {caught.value}"
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -76,7 +76,7 @@ void parallel_for(int threads, int64_t tasks, const Body& body) {
 
 // Scratch memory of the calling thread, 64-byte aligned, kept for its next call. Each slot is one
 // buffer; its contents survive only until somebody asks for the slot again.
-enum class Slot { shared_a, own_a, own_b, own_c, row, count };
+enum class Slot { shared_a, own_a, own_b, own_c, row, experts, panel, own_sums, own_totals, count };
 void* scratch(Slot slot, size_t bytes);
 
 template <class T>

@@ -102,26 +102,67 @@ inline F32 exp_clamped(F32 x) {
   return as_f32(add_i32(bits(p), shl32<23>(bits(shifted))));
 }
 
-// Beyond the clamp e^-gate runs on to infinity, so that silu is -0 there and NaN at -infinity.
-inline F32 silu_mul(F32 gate, F32 up) {
-  const F32 x = sub(zero(), gate);
-  const F32 e = add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f)));
-  return mul(div(gate, add(set1(1.f), e)), up);
+// Beyond the clamp runs on to infinity.
+inline F32 exp_to_infinity(F32 x) { return add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f))); }
+
+// Below the clamp runs on to zero, within one unit of x.
+inline F32 exp_to_zero(F32 x) { return mul(exp_clamped(x), min(set1(1.f), max(zero(), add(x, set1(88.3f))))); }
+
+// g / (1 + e^-x): where e^-x is infinite the result is -0, and NaN if g is -infinity.
+inline F32 over_one_plus_exp(F32 g, F32 minus_x) { return div(g, add(set1(1.f), exp_to_infinity(minus_x))); }
+
+// erfc(z) for z >= 0 = t e^(-z^2 + P(t)), t = 1 / (1 + z / 2), within 1.2e-7 of it everywhere: the Chebyshev
+// fit of Press et al., Numerical Recipes, section 6.2.
+inline F32 erfc_positive(F32 z) {
+  const F32 t = div(set1(1.f), fma(set1(0.5f), z, set1(1.f)));
+  F32 p = set1(0.17087277f);
+  const float coefficients[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
+                                0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
+#pragma GCC unroll 9
+  for (float c : coefficients) p = fma(p, t, set1(c));
+  return mul(t, exp_clamped(sub(p, mul(z, z))));
 }
 
-void row_silu_mul(const float* gate, const float* up, int64_t n, float* dst) {
+template <Activation A>
+inline F32 activated(F32 g, float alpha) {
+  if constexpr (A == Activation::swiglu) return over_one_plus_exp(g, mul(set1(-alpha), g));
+  // (1 + tanh z) / 2 = 1 / (1 + e^-2z), z = sqrt(2 / pi) (g + 0.044715 g^3)
+  if constexpr (A == Activation::gelu_tanh)
+    return over_one_plus_exp(g, mul(mul(set1(-1.595769122f), g), fma(mul(set1(0.044715f), g), g, set1(1.f))));
+  // g Phi(g) = max(g, 0) - |g| erfc(|g| / sqrt 2) / 2, and from 14 on erfc is 0 in f32
+  const F32 magnitude = min(set1(14.f), as_f32(magnitude_of(g)));
+  return sub(max(zero(), g), mul(mul(set1(0.5f), magnitude), erfc_positive(mul(set1(0.707106781f), magnitude))));
+}
+
+template <Activation A>
+inline F32 gated(const Gating& f, F32 g, F32 u) {
+  const F32 limit = set1(f.limit);  // min and max give their second operand where one is NaN
+  const F32 up = max(set1(-f.limit), min(limit, u));
+  return mul(activated<A>(min(limit, g), f.alpha), f.beta == 0.f ? up : add(up, set1(f.beta)));
+}
+
+template <Activation A>
+inline void gated_row(const Gating& f, const float* gate, const float* up, int64_t n, float* dst) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(dst + i, silu_mul(load(gate + i), load(up + i)));
+  for (; i + W <= n; i += W) store(dst + i, gated<A>(f, load(gate + i), load(up + i)));
   if (i < n) {
     Tail tail;
     copy(tail.x, gate + i, n - i);
     copy(tail.y, up + i, n - i);
-    store(tail.x, silu_mul(load(tail.x), load(tail.y)));
+    store(tail.x, gated<A>(f, load(tail.x), load(tail.y)));
     copy(dst + i, tail.x, n - i);
   }
 }
 
-constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_dequantize, row_silu_mul};
+void row_gated(const Gating& f, const float* gate, const float* up, int64_t n, float* dst) {
+  switch (f.activation) {
+    case Activation::gelu: return gated_row<Activation::gelu>(f, gate, up, n, dst);
+    case Activation::gelu_tanh: return gated_row<Activation::gelu_tanh>(f, gate, up, n, dst);
+    default: return gated_row<Activation::swiglu>(f, gate, up, n, dst);
+  }
+}
+
+constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_dequantize, row_gated};
 
 }  // namespace
 }  // namespace moekern::cpu

@@ -21,8 +21,8 @@ py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::
   const int64_t cols = p.x.cols / (gated ? 2 : 1);
   if (out.is_none()) {
     check<TypeError>(is_float(p.x.dtype), name, ": x has dtype ", name_of(p.x.dtype), "; it is f32, f16 or bf16");
-    py::object data = allocate(x, v.device, p.x.rows, cols, dtype);
-    py::object scale = allocate(x, v.device, blocks(p.x.rows, block_rows), blocks(cols, block_cols), Dtype::f32);
+    py::object data = allocate(x, v.device, {p.x.rows, cols}, dtype);
+    py::object scale = allocate(x, v.device, {blocks(p.x.rows, block_rows), blocks(cols, block_cols)}, Dtype::f32);
     out = runtime().scaled_tensor(data, scale, py::make_tuple(block_rows, block_cols));
   }
   const Scaled s = scaled(name, "out", out);
@@ -44,7 +44,7 @@ py::tuple prepare_dequantize(py::object x, py::object out, py::object out_dtype)
   p.q = s.data;
   p.scale = s.grid;
   if (out.is_none())
-    out = allocate(x.attr("data"), s.device, s.data.rows, s.data.cols, dtype_argument(kName, out_dtype, Dtype::f32));
+    out = allocate(x.attr("data"), s.device, {s.data.rows, s.data.cols}, dtype_argument(kName, out_dtype, Dtype::f32));
   p.x = matrix(kName, "out", out, s.device);
   check_plain(kName, "out", out);
   const Dtype wanted = dtype_argument(kName, out_dtype, p.x.dtype);

@@ -59,7 +59,7 @@ py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias
   const Dtype natural = is_fp8(p.a.dtype) ? Dtype::bf16 : p.a.dtype;
   const bool fresh = out.is_none();
   if (fresh)
-    out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, p.m(), p.n(),
+    out = allocate(is_scaled(a) ? py::object(a.attr("data")) : a, device, {p.m(), p.n()},
                    dtype_argument(kGemm, out_dtype, natural));
   p.out = matrix(kGemm, "out", out, device);
   if (!fresh) {

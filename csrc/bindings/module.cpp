@@ -17,7 +17,10 @@ py::dict rows_of(const Backend& backend) {
   rows["features"] = py::cpp_function([&backend] { return names_of(backend.detect_features(), backend.features); });
   if (backend.thread_team) rows["thread_team"] = py::cpp_function(backend.thread_team);
   rows["fp8_gemm_nt"] = gemm_rows(backend);
+  rows["grouped"] = grouped_rows(backend);
   rows["cast"] = cast_rows(backend);
+  rows["routing"] = routing_rows(backend);
+  rows["fused_experts"] = experts_rows(backend);
   rows["limits"] = limit_rows(backend);
   return rows;
 }
@@ -48,7 +51,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("connect", &connect);
   m.def("uses_exchange_table", [] { return runtime().exchange != nullptr; });
   bind_gemm(m);
+  bind_grouped(m);
   bind_casts(m);
+  bind_routing(m);
+  bind_experts(m);
   py::dict native;
 #define MOEKERN_BACKEND(NAME) native[#NAME] = rows_of(NAME::backend());
 #include "moekern/backends.inc"

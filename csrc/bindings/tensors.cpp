@@ -8,6 +8,7 @@ Dtype dtype_of(dlpack::DataType t) {
   if (t.lanes != 1) return Dtype::other;
   switch (t.code) {
     case dlpack::kInt: return t.bits == 32 ? Dtype::i32 : t.bits == 64 ? Dtype::i64 : Dtype::other;
+    case dlpack::kUInt: return t.bits == 8 ? Dtype::u8 : Dtype::other;
     case dlpack::kFloat: return t.bits == 32 ? Dtype::f32 : t.bits == 16 ? Dtype::f16 : Dtype::other;
     case dlpack::kBfloat: return t.bits == 16 ? Dtype::bf16 : Dtype::other;
     case dlpack::kE4m3fn: return Dtype::e4m3fn;
@@ -25,6 +26,7 @@ dlpack::DataType dlpack_type(Dtype t) {
     case Dtype::e4m3fn: return {dlpack::kE4m3fn, 8, 1};
     case Dtype::e4m3fnuz: return {dlpack::kE4m3fnuz, 8, 1};
     case Dtype::e5m2: return {dlpack::kE5m2, 8, 1};
+    case Dtype::ue8m0: return {dlpack::kE8m0fnu, 8, 1};
     case Dtype::i32: return {dlpack::kInt, 32, 1};
     case Dtype::i64: return {dlpack::kInt, 64, 1};
     default: return {dlpack::kFloat, 32, 1};
@@ -50,63 +52,99 @@ std::string attribute(py::handle object, const char* name) { return py::str(obje
                         attribute(object, "layout"), "): ", why.substr(0, why.find('\n'))));
 }
 
-}  // namespace
+// A tensor as it is: leading dimensions that it lacks have an extent of 1.
+struct Tensor {
+  char* data;
+  Dtype dtype;
+  int device;
+  int64_t shape[3] = {1, 1, 1}, strides[3] = {0, 0, 0};
+};
 
-View view(const char* op, const char* name, py::handle object, int dimensions) {
+Tensor tensor(const char* op, const char* name, py::handle object, int dimensions) {
   const Runtime& r = runtime();
   const bool exact = reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())) == r.tensor.ptr();
   check<TypeError>(exact || PyObject_IsInstance(object.ptr(), r.tensor.ptr()) == 1, op, ": ", name, " is a ",
                    Py_TYPE(object.ptr())->tp_name, "; it must be a tensor");
-  View v;
-  int64_t shape[2] = {1, 1}, strides[2] = {0, 0};
-  int ndim;
+  Tensor x;
+  int64_t *shape = x.shape + 3 - dimensions, *strides = x.strides + 3 - dimensions;
+  const auto check_dimensions = [&](int found) {
+    check(found == dimensions, op, ": ", name, " has ", found, " dimensions; it must have ", dimensions);
+  };
   if (r.exchange) {
     dlpack::Tensor t;
     if (r.exchange->view_of_object(object.ptr(), &t)) unreadable(op, name, object, py::error_already_set().what());
-    ndim = t.ndim;
-    check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
-    for (int d = 0; d < ndim; ++d) {
-      shape[2 - ndim + d] = t.shape[d];
-      strides[2 - ndim + d] = t.strides ? t.strides[d] : d + 1 == ndim ? 1 : t.shape[1];
+    check_dimensions(t.ndim);
+    int64_t compact = 1;
+    for (int d = dimensions - 1; d >= 0; --d) {
+      shape[d] = t.shape[d];
+      strides[d] = t.strides ? t.strides[d] : compact;
+      compact *= t.shape[d];
     }
-    v.matrix.data = static_cast<char*>(t.data) + t.byte_offset;
-    v.matrix.dtype = dtype_of(t.dtype);
-    v.device = t.device.type | t.device.id << 16;
+    x.data = static_cast<char*>(t.data) + t.byte_offset;
+    x.dtype = dtype_of(t.dtype);
+    x.device = t.device.type | t.device.id << 16;
   } else {
     const auto fields =
         r.read(object).cast<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>, std::string, int>>();
-    ndim = static_cast<int>(std::get<1>(fields).size());
-    check(ndim == dimensions, op, ": ", name, " has ", ndim, " dimensions; it must have ", dimensions);
-    for (int d = 0; d < ndim; ++d) {
-      shape[2 - ndim + d] = std::get<1>(fields)[d];
-      strides[2 - ndim + d] = std::get<2>(fields)[d];
-    }
-    v.matrix.data = reinterpret_cast<char*>(std::get<0>(fields));
-    v.matrix.dtype = dtype_named(std::get<3>(fields));
-    v.device = std::get<4>(fields);
+    check_dimensions(static_cast<int>(std::get<1>(fields).size()));
+    std::copy(std::get<1>(fields).begin(), std::get<1>(fields).end(), shape);
+    std::copy(std::get<2>(fields).begin(), std::get<2>(fields).end(), strides);
+    x.data = reinterpret_cast<char*>(std::get<0>(fields));
+    x.dtype = dtype_named(std::get<3>(fields));
+    x.device = std::get<4>(fields);
   }
-  v.matrix.rows = shape[0];
-  v.matrix.cols = shape[1];
-  v.matrix.row_stride = strides[0];
-  v.matrix.col_stride = shape[1] == 1 ? 1 : strides[1];
-  if (v.matrix.dtype == Dtype::other)
+  if (x.dtype == Dtype::other)
     throw TypeError(text(op, ": ", name, " has dtype ", attribute(object, "dtype"), ", which no operand may have"));
   static char nothing;  // an empty tensor has no address, but it is there
-  if (!v.matrix.data) {
-    if (shape[0] && shape[1]) unreadable(op, name, object, "its storage is empty");
-    v.matrix.data = &nothing;
+  if (!x.data) {
+    if (x.shape[0] && x.shape[1] && x.shape[2]) unreadable(op, name, object, "its storage is empty");
+    x.data = &nothing;
   }
-  return v;
+  return x;
+}
+
+// The last two dimensions.
+Matrix matrix_of(const Tensor& x) {
+  Matrix m;
+  m.data = x.data;
+  m.dtype = x.dtype;
+  m.rows = x.shape[1];
+  m.cols = x.shape[2];
+  m.row_stride = x.strides[1];
+  m.col_stride = m.cols == 1 ? 1 : x.strides[2];
+  return m;
+}
+
+void check_device(const char* op, const char* name, int found, int device) {
+  check(found == device, op, ": ", name, " is on another device than the other operands");
+}
+
+}  // namespace
+
+View view(const char* op, const char* name, py::handle object, int dimensions) {
+  const Tensor x = tensor(op, name, object, dimensions);
+  return {matrix_of(x), x.device};
 }
 
 Matrix matrix(const char* op, const char* name, py::handle object, int device, int dimensions) {
   const View v = view(op, name, object, dimensions);
-  check(v.device == device, op, ": ", name, " is on another device than the other operands");
+  check_device(op, name, v.device, device);
   return v.matrix;
 }
 
 Matrix optional_matrix(const char* op, const char* name, py::handle object, int device, int dimensions) {
   return object.is_none() ? Matrix{} : matrix(op, name, object, device, dimensions);
+}
+
+StackView stack_view(const char* op, const char* name, py::handle object) {
+  const Tensor x = tensor(op, name, object, 3);
+  return {{matrix_of(x), x.shape[0], x.strides[0]}, x.device};
+}
+
+Stack stack(const char* op, const char* name, py::handle object, int device) {
+  const StackView v = stack_view(op, name, object);
+  check_device(op, name, v.device, device);
+  return v.stack;
 }
 
 void check_plain(const char* op, const char* name, py::handle tensor) {
@@ -117,13 +155,17 @@ void check_plain(const char* op, const char* name, py::handle tensor) {
 
 static void set_dlpack_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
 
-py::object allocate(py::handle like, int device, int64_t rows, int64_t cols, Dtype dtype) {
+py::object allocate(py::handle like, int device, std::initializer_list<int64_t> shape, Dtype dtype) {
   const Runtime& r = runtime();
-  if (!r.exchange) return r.allocate(like, py::make_tuple(rows, cols), name_of(dtype));
-  int64_t shape[2] = {rows, cols};
-  dlpack::Tensor prototype{
-      nullptr, {static_cast<dlpack::DeviceType>(device & 0xffff), device >> 16}, 2, dlpack_type(dtype), shape, nullptr,
-      0};
+  std::vector<int64_t> extents(shape);
+  if (!r.exchange) return r.allocate(like, py::tuple(py::cast(extents)), name_of(dtype));
+  dlpack::Tensor prototype{nullptr,
+                           {static_cast<dlpack::DeviceType>(device & 0xffff), device >> 16},
+                           static_cast<int32_t>(extents.size()),
+                           dlpack_type(dtype),
+                           extents.data(),
+                           nullptr,
+                           0};
   dlpack::ManagedTensor* tensor = nullptr;
   if (r.exchange->allocate(&prototype, &tensor, nullptr, set_dlpack_error)) throw py::error_already_set();
   void* object = nullptr;
@@ -135,17 +177,35 @@ bool is_scaled(py::handle object) {
   return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(runtime().scaled_tensor.ptr());
 }
 
-Scaled scaled(const char* op, const char* name, py::handle object) {
+namespace {
+
+struct Parts {
+  py::object data, scale;
+  int64_t block_rows, block_cols;
+};
+
+Parts parts_of(const char* op, const char* name, py::handle object) {
   static const py::object kData = interned("data"), kScale = interned("scale"), kBlock = interned("block");
   check<TypeError>(is_scaled(object), op, ": ", name, " is a ", Py_TYPE(object.ptr())->tp_name,
                    "; it must be a ScaledTensor or a (data, scale) pair");
-  const View data = view(op, name, object.attr(kData));
-  Scaled s{data.matrix, {}, data.device};
-  s.grid.values = matrix(op, name, object.attr(kScale), data.device);
   const py::tuple block = object.attr(kBlock);
-  s.grid.block_rows = block[0].cast<int64_t>();
-  s.grid.block_cols = block[1].cast<int64_t>();
-  return s;
+  return {object.attr(kData), object.attr(kScale), block[0].cast<int64_t>(), block[1].cast<int64_t>()};
+}
+
+}  // namespace
+
+Scaled scaled(const char* op, const char* name, py::handle object) {
+  const Parts parts = parts_of(op, name, object);
+  const View data = view(op, name, parts.data);
+  const Matrix scale = matrix(op, name, parts.scale, data.device);
+  return {data.matrix, {scale, parts.block_rows, parts.block_cols}, data.device};
+}
+
+ScaledStack scaled_stack(const char* op, const char* name, py::handle object) {
+  const Parts parts = parts_of(op, name, object);
+  const StackView data = stack_view(op, name, parts.data);
+  const Stack scale = stack(op, name, parts.scale, data.device);
+  return {data.stack, scale, parts.block_rows, parts.block_cols, data.device};
 }
 
 Dtype dtype_argument(const char* op, py::handle dtype, Dtype otherwise) {

@@ -40,10 +40,19 @@ View view(const char* op, const char* name, py::handle object, int dimensions = 
 Matrix matrix(const char* op, const char* name, py::handle object, int device, int dimensions = 2);
 Matrix optional_matrix(const char* op, const char* name, py::handle object, int device, int dimensions = 2);
 
+struct StackView {
+  Stack stack;
+  int device = 0;
+};
+
+// A tensor of 3 dimensions.
+StackView stack_view(const char* op, const char* name, py::handle object);
+Stack stack(const char* op, const char* name, py::handle object, int device);
+
 // DLPack does not carry the bit that says "negate on reading" (the imaginary part of a conjugate has it).
 void check_plain(const char* op, const char* name, py::handle tensor);
 
-py::object allocate(py::handle like, int device, int64_t rows, int64_t cols, Dtype dtype);
+py::object allocate(py::handle like, int device, std::initializer_list<int64_t> shape, Dtype dtype);
 
 struct Scaled {
   Matrix data;
@@ -51,8 +60,15 @@ struct Scaled {
   int device;
 };
 
+struct ScaledStack {
+  Stack data, scale;
+  int64_t block_rows, block_cols;
+  int device;
+};
+
 bool is_scaled(py::handle object);
 Scaled scaled(const char* op, const char* name, py::handle object);
+ScaledStack scaled_stack(const char* op, const char* name, py::handle object);
 
 Dtype dtype_argument(const char* op, py::handle dtype, Dtype otherwise);
 
@@ -63,9 +79,15 @@ py::frozenset names_of(uint64_t bits, const Table<Feature>& features);
 
 // Each op family adds its functions to the module, and its rows of a backend's kernels to a dict.
 void bind_gemm(py::module_& m);
+void bind_grouped(py::module_& m);
 void bind_casts(py::module_& m);
+void bind_experts(py::module_& m);
+void bind_routing(py::module_& m);
 py::list gemm_rows(const Backend& backend);
+py::list grouped_rows(const Backend& backend);
 py::list cast_rows(const Backend& backend);
+py::list experts_rows(const Backend& backend);
+py::list routing_rows(const Backend& backend);
 py::list limit_rows(const Backend& backend);
 
 }  // namespace moekern

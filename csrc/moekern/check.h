@@ -1,5 +1,6 @@
 // Errors a caller can act on: which argument, what it has, what is allowed.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -36,7 +37,18 @@ struct Shape {
 inline std::ostream& operator<<(std::ostream& out, const Shape& s) {
   return out << "[" << s.rows << ", " << s.cols << "]";
 }
+inline bool operator==(const Shape& a, const Shape& b) { return a.rows == b.rows && a.cols == b.cols; }
 inline Shape shape_of(const Matrix& m) { return {m.rows, m.cols}; }
+
+struct StackShape {
+  int64_t count;
+  Shape matrix;
+};
+inline std::ostream& operator<<(std::ostream& out, const StackShape& s) {
+  return out << "[" << s.count << ", " << s.matrix.rows << ", " << s.matrix.cols << "]";
+}
+inline bool operator==(const StackShape& a, const StackShape& b) { return a.count == b.count && a.matrix == b.matrix; }
+inline StackShape shape_of(const Stack& s) { return {s.count, shape_of(s.matrix)}; }
 
 // The bytes from the first element to the last, for finding overlaps.
 struct Extent {
@@ -60,6 +72,26 @@ inline bool overlap(const Matrix& a, const Matrix& b) {
   const int64_t width_a = a.cols * size_of(a.dtype), width_b = b.cols * size_of(b.dtype);
   const int64_t shift = ((b.data - a.data) % pitch + pitch) % pitch;  // of b's rows against a's
   return shift < width_a || shift + width_b > pitch;
+}
+
+// A matrix that has every element of a stack, and as few others as the strides allow.
+inline Matrix hull(const Stack& s) {
+  Matrix m = s.matrix;
+  if (s.count == 0 || m.rows == 0 || m.cols == 0) {
+    m.rows = 0;
+  } else if (s.count == 1) {
+    return m;
+  } else if (m.rows == 1) {
+    m.rows = s.count;
+    m.row_stride = s.stride;
+  } else if (m.row_stride > 0 && s.stride % m.row_stride == 0) {
+    m.rows += (s.count - 1) * (s.stride / m.row_stride);
+  } else {
+    m.cols = 1 + (s.count - 1) * s.stride + (m.rows - 1) * m.row_stride + (m.cols - 1) * m.col_stride;
+    m.rows = 1;
+    m.col_stride = 1;
+  }
+  return m;
 }
 
 }  // namespace moekern

@@ -1,11 +1,11 @@
-// The element types that kernels read and write, by their format names; i32 and i64 index.
+// The element types that kernels read and write, by their format names; i32 and i64 index, u8 is memory.
 #pragma once
 #include <cstdint>
 #include <string>
 
 namespace moekern {
 
-enum class Dtype : uint8_t { f32, f16, bf16, e4m3fn, e4m3fnuz, e5m2, ue8m0, i32, i64, other };
+enum class Dtype : uint8_t { f32, f16, bf16, e4m3fn, e4m3fnuz, e5m2, ue8m0, i32, i64, u8, other };
 
 constexpr int size_of(Dtype t) {
   switch (t) {
@@ -35,6 +35,7 @@ constexpr const char* name_of(Dtype t) {
     case Dtype::ue8m0: return "ue8m0";
     case Dtype::i32: return "i32";
     case Dtype::i64: return "i64";
+    case Dtype::u8: return "u8";
     default: return "unsupported dtype";
   }
 }

@@ -3,13 +3,16 @@
 #pragma once
 #include <cstdint>
 
+#include "moekern/gating.h"
 #include "moekern/tensor_view.h"
 
 namespace moekern {
 
 // out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
 struct GemmProblem {
-  Matrix a;  // [m, k] FP8 with sa, or f32/f16/bf16 without
+  Matrix a;                         // [m, k] FP8 with sa, or f32/f16/bf16 without
+  const int32_t* a_rows = nullptr;  // with it, row i of the product is that of row a_rows[i] of a, for i < a_count
+  int64_t a_count = 0;
   ScaleGrid sa;
   Matrix b;  // [n, k] FP8
   ScaleGrid sb;
@@ -18,9 +21,43 @@ struct GemmProblem {
   Matrix out;   // [m, n]
   int threads = 1;
 
-  int64_t m() const { return a.rows; }
+  int64_t m() const { return a_rows ? a_count : a.rows; }
+  int64_t a_row(int64_t i) const { return a_rows ? a_rows[i] : i; }
   int64_t n() const { return b.rows; }
   int64_t k() const { return a.cols; }
+};
+
+// Where the operands of one group's product begin, and the extents that are its own.
+struct Group {
+  char *a, *sa, *b, *sb, *c, *out;  // null as in GemmProblem
+  int64_t m, k;
+};
+
+// Products that have n, dtypes, strides and scale blocks in common, each by weights of its own. Their outputs
+// share no element.
+struct GroupedGemmProblem {
+  GemmProblem shared;  // what they have in common; the largest k, no addresses
+  const Group* groups;
+  int64_t count;
+  int threads = 1;
+
+  GemmProblem operator[](int64_t i) const {
+    const Group& g = groups[i];
+    GemmProblem p = shared;
+    p.a.data = g.a;
+    p.b.data = g.b;
+    p.c.data = g.c;
+    p.out.data = g.out;
+    p.sa.values.data = g.sa;
+    p.sb.values.data = g.sb;
+    p.a.rows = p.c.rows = p.out.rows = g.m;
+    p.a.cols = p.b.cols = g.k;
+    p.sa.values.rows = (g.m + p.sa.block_rows - 1) / p.sa.block_rows;
+    p.sa.values.cols = (g.k + p.sa.block_cols - 1) / p.sa.block_cols;
+    p.sb.values.cols = (g.k + p.sb.block_cols - 1) / p.sb.block_cols;
+    p.threads = threads;
+    return p;
+  }
 };
 
 // One (x, q . scale) pair of equal shape: a cast reads x and writes q and scale, `dequantize` the reverse.
@@ -32,11 +69,96 @@ struct CastProblem {
   int threads = 1;
 };
 
+// The experts of each token: weights and ids of the topk largest selection values, which python/moekern/ops/gate.py
+// defines. At most kMaxExperts and kMaxTopk, so that a row of scores fits the first-level cache.
+constexpr int kMaxExperts = 1024, kMaxTopk = 32;
+struct GateProblem {
+  Matrix logits;           // [tokens, experts] f32, f16 or bf16
+  Matrix correction_bias;  // [1, experts] or empty
+  Matrix weights;          // [tokens, topk] f32
+  Matrix ids;              // [tokens, topk] i32
+  int topk = 1, groups = 1, kept_groups = 1;
+  bool sigmoid = false;  // else softmax
+  bool renormalize = false;
+  float routed_scaling_factor = 1, mask_value = 0;
+  int threads = 1;
+};
+
+// Rows of x in the order of their experts. Expert g has the rows starts[g] .. starts[g] + counts[g] of out, and zeros
+// up to the next multiple of the alignment; inverse[t, j] is the row of slot j of token t, or -1.
+struct PermuteProblem {
+  Matrix x;  // [tokens, hidden] f32, f16 or bf16, or FP8 with sx, which has one row a token
+  ScaleGrid sx;
+  Matrix ids;             // [tokens, topk] i32 or i64
+  Matrix expert_map;      // [1, ids' experts] i32, or empty
+  Matrix starts, counts;  // [1, experts] i64
+  int64_t alignment = 1;
+  Matrix out;  // [rows, hidden]
+  ScaleGrid sout;
+  Matrix inverse;  // [tokens, topk] i32
+  int threads = 1;
+};
+
+// out[t] = cast(sum_j weights[t, j] y[inverse[t, j]]), slots of -1 left out.
+struct UnpermuteProblem {
+  Matrix y;        // [rows, hidden] f32, f16 or bf16
+  Matrix inverse;  // [tokens, topk] i32 or i64
+  Matrix weights;  // [tokens, topk] f32, f16 or bf16; or empty: all are 1
+  Matrix out;      // [tokens, hidden] f32, f16 or bf16
+  int threads = 1;
+};
+
+// The rows [first, first + count) of a weight matrix: a projection's outputs. Scales are looked up by the
+// row of `weight`, which a block may share with another projection.
+struct Projection {
+  Matrix weight;  // [rows, inputs] FP8
+  ScaleGrid scale;
+  Matrix bias;  // [1, count], or empty
+  int64_t first = 0, count = 0;
+};
+
+// Gate and up may be halves of one matrix, or every other row of one: views with twice its row stride.
+struct Expert {
+  Projection gate, up, down;
+};
+
+// out[t] = sum_j weights[t, j] y(experts[ids[t, j]], x[t]) + sum_s y(shared[s], x[t]), where of an expert
+// h = gating(gate x, up x) and y = down h, biases included. h is rounded to x's dtype, or quantised; a token's sum
+// is f32, in the order of the experts.
+struct ExpertsProblem {
+  Matrix x;      // [t, inputs] f32, f16 or bf16, or FP8 with sx
+  ScaleGrid sx;  // 1x128
+  const Expert* experts = nullptr;
+  int64_t num_experts = 0;
+  const Expert* shared = nullptr;  // applied to every token
+  int64_t num_shared = 0;
+  Matrix ids;      // [t, k] i32 or i64: an expert, or -1 for none
+  Matrix weights;  // [t, k] f32, or empty: all 1
+  Gating gating;
+  bool quantize = false;         // x, unless it is FP8 already, and h, 1x128 to e4m3fn
+  bool weight_on_input = false;  // weights[t, j] x[t] instead of weights[t, j] y: exact, the products are scaled
+  bool reduce = true;
+  Matrix out;        // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
+  Matrix workspace;  // u8 [1, bytes], or empty: the kernel's own memory
+  int threads = 1;
+
+  int64_t tokens() const { return x.rows; }
+  int64_t top_k() const { return ids.cols; }
+  int64_t hidden() const { return x.cols; }
+};
+
 struct GemmKernel {
   const char* name;
   uint64_t needs;
   const char* (*refuses)(const GemmProblem&);  // a static reason in plain words, or nullptr
   void (*run)(const GemmProblem&);
+};
+
+struct GroupedGemmKernel {
+  const char* name;
+  uint64_t needs;
+  const char* (*refuses)(const GroupedGemmProblem&);  // as for GemmKernel; there is at least one group
+  void (*run)(const GroupedGemmProblem&);
 };
 
 struct CastKernel {
@@ -45,6 +167,22 @@ struct CastKernel {
   void (*cast)(const CastProblem&);
   void (*silu_mul_cast)(const CastProblem&);
   void (*dequantize)(const CastProblem&);
+};
+
+struct RoutingKernel {
+  const char* name;
+  uint64_t needs;
+  void (*gate)(const GateProblem&);
+  void (*permute)(const PermuteProblem&);
+  void (*unpermute)(const UnpermuteProblem&);
+};
+
+struct ExpertsKernel {
+  const char* name;
+  uint64_t needs;
+  const char* (*refuses)(const ExpertsProblem&);
+  void (*run)(const ExpertsProblem&);
+  int64_t (*workspace_bytes)(const ExpertsProblem&);  // for any values of operands of these shapes
 };
 
 // One stream, one with software prefetch, two streams: which is fastest depends on the machine, and on
@@ -77,7 +215,10 @@ struct Feature {  // one bit of a kernel's `needs`, by the name that Device.feat
 // Every native backend defines `const Backend& moekern::<name>::backend()`.
 struct Backend {
   Table<GemmKernel> gemm;
+  Table<GroupedGemmKernel> grouped_gemm;
   Table<CastKernel> cast;
+  Table<RoutingKernel> routing;
+  Table<ExpertsKernel> experts;
   Table<LimitLoops> limits;
   Table<Feature> features;
   uint64_t (*detect_features)();

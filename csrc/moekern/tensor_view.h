@@ -17,6 +17,20 @@ struct Matrix {
   explicit operator bool() const { return data != nullptr; }
 };
 
+// `count` matrices alike, `stride` elements from one to the next.
+struct Stack {
+  Matrix matrix;  // the first
+  int64_t count = 1, stride = 0;
+
+  char* data(int64_t i) const { return matrix.data + i * stride * size_of(matrix.dtype); }
+};
+
+// An element of an i32 or i64 matrix.
+inline int64_t index_at(const Matrix& m, int64_t row, int64_t col) {
+  const char* at = m.at(row, col);
+  return m.dtype == Dtype::i64 ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
+}
+
 // values(i, j) is the decode multiplier of the block_rows x block_cols block (i, j): x ~ q * s.
 struct ScaleGrid {
   Matrix values;  // f32 or ue8m0; empty when the operand has no scale

@@ -5,15 +5,23 @@ from typing import Any, TypedDict
 
 import torch
 
+from moekern.layout import GroupedLayout
 from moekern.scaled import ScaledTensor
+from moekern.weights import GroupedWeights
 
 class _NativeBackend(TypedDict):
     features: Callable[[], frozenset[str]]
     thread_team: Callable[[], str]  # of backends whose kernels run on threads of the process
     # (name, needs, run, refuses)
     fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
+    # (name, needs, {op: (run, refuses)})
+    grouped: list[tuple[str, frozenset[str], dict[str, tuple[Callable[..., None], Callable[..., str | None]]]]]
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
+    # (name, needs, gate, permute, unpermute)
+    routing: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
+    # (name, needs, run, refuses, workspace -> bytes)
+    fused_experts: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None], Callable[..., int]]]
     # (name, needs, multiply_add -> floating-point operations done, [read(x)], copy(x, out)); for bench/
     limits: list[
         tuple[
@@ -33,7 +41,7 @@ def connect(
     tensor: type[torch.Tensor],
     num_threads: Callable[[], int],
     read: Callable[[torch.Tensor], tuple[int, list[int], list[int], str, int]],
-    allocate: Callable[[torch.Tensor, tuple[int, int], str], torch.Tensor],
+    allocate: Callable[[torch.Tensor, tuple[int, ...], str], torch.Tensor],
     dtypes: dict[torch.dtype, str],
     /,
 ) -> None: ...
@@ -43,6 +51,33 @@ def prepare_gemm(
     b: ScaledTensor,
     c: torch.Tensor | None,
     bias: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> tuple[Any, ...]: ...
+
+class WeightTable: ...
+
+def weight_table(
+    op: str, name: str, data: list[torch.Tensor], scale: list[torch.Tensor], block_rows: int, block_cols: int, /
+) -> WeightTable: ...
+def check_layout(
+    starts: torch.Tensor, counts: torch.Tensor, rows: int, alignment: int, capacity: int | None, /
+) -> None: ...
+def prepare_m_grouped(
+    masked: bool,
+    a: torch.Tensor | ScaledTensor,
+    b: ScaledTensor | GroupedWeights,
+    layout: GroupedLayout,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> tuple[Any, ...]: ...
+def prepare_k_grouped(
+    a: torch.Tensor | ScaledTensor,
+    b: ScaledTensor,
+    layout: GroupedLayout,
+    c: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     /,
@@ -57,9 +92,57 @@ def prepare_cast(
     gated: bool,
     /,
 ) -> tuple[torch.Tensor, ScaledTensor]: ...
+
+class ExpertTable:
+    def __init__(
+        self,
+        names: tuple[str, str, str],
+        gate: list[ScaledTensor],
+        up: list[ScaledTensor],
+        down: list[ScaledTensor],
+        gate_bias: list[torch.Tensor] | None,
+        up_bias: list[torch.Tensor] | None,
+        down_bias: list[torch.Tensor] | None,
+        up_first: int,
+        intermediate: int,
+        hidden: int,
+        /,
+    ) -> None: ...
+
+def prepare_experts(*call: Any) -> tuple[Any, ...]: ...
 def prepare_dequantize(
     x: ScaledTensor, out: torch.Tensor | None, out_dtype: torch.dtype | None, /
 ) -> tuple[ScaledTensor, torch.Tensor]: ...
+def prepare_gate(
+    logits: torch.Tensor,
+    topk: int,
+    sigmoid: bool,
+    correction_bias: torch.Tensor | None,
+    groups: int,
+    kept_groups: int,
+    routed_scaling_factor: float,
+    mask_value: float,
+    out: tuple[torch.Tensor, torch.Tensor] | None,
+    /,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def prepare_permute(
+    x: torch.Tensor | ScaledTensor,
+    ids: torch.Tensor,
+    experts: int,
+    alignment: int,
+    expert_map: torch.Tensor | None,
+    rows: int,
+    out: tuple[Any, Any, torch.Tensor] | None,
+    /,
+) -> tuple[torch.Tensor | ScaledTensor, torch.Tensor, torch.Tensor]: ...
+def prepare_unpermute(
+    y: torch.Tensor,
+    inverse: torch.Tensor,
+    weights: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> torch.Tensor: ...
 
 class ValueError(Exception): ...
 class TypeError(Exception): ...

@@ -39,7 +39,8 @@ class Kernel:
     kind: str  # the Device.kind it runs on
     needs: frozenset[str] = frozenset()  # Device.features it cannot do without
     refuses: Callable[..., str | None] | None = None  # (call) -> a reason in plain words, or None to accept
-    for_few_rows: bool = False  # refuses by the number of rows: left out when batch_invariant is asked for
+    for_few_rows: bool = False  # depends on the number of rows: left out when batch_invariant is asked for
+    workspace: Callable[..., int] | None = None  # (call) -> bytes of the caller's workspace that it takes
 
     def lacks(self, device: Device) -> str | None:
         if device.kind != self.kind:
@@ -190,7 +191,7 @@ def _eager(operands: Iterable[Any], grad: bool) -> bool:
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             if grad and x.requires_grad:
                 return False
-        elif kind is tuple:
+        elif isinstance(x, tuple):
             if not _eager(x, grad):
                 return False
         elif isinstance(x, torch.Tensor):
@@ -206,11 +207,16 @@ def register_device(where: torch.device, device: Device) -> None:
     _devices[where] = device
 
 
-def location(operand: torch.Tensor | ScaledTensor) -> torch.device:
-    return operand.data.device if isinstance(operand, ScaledTensor) else operand.device
+Output = Any  # a tensor, a ScaledTensor, or a NamedTuple that begins with one of them
 
 
-def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
+def location(output: Output) -> torch.device:
+    if isinstance(output, tuple):
+        output = output[0]
+    return output.data.device if isinstance(output, ScaledTensor) else output.device
+
+
+def device_of(operand: Output) -> Device:
     where = location(operand)
     try:
         return _devices[where]

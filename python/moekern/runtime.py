@@ -14,6 +14,7 @@ _NAMES: dict[torch.dtype, str] = {
     torch.float8_e8m0fnu: "ue8m0",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint8: "u8",
     **FORMATS,
 }
 _BY_NAME = {name: dtype for dtype, name in _NAMES.items()}
@@ -26,7 +27,7 @@ def _read(x: torch.Tensor) -> tuple[int, list[int], list[int], str, int]:
     return x.data_ptr(), list(x.shape), list(x.stride()), _NAMES.get(x.dtype, "other"), device
 
 
-def _allocate(like: torch.Tensor, shape: tuple[int, int], name: str) -> torch.Tensor:
+def _allocate(like: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor:
     return torch.empty(shape, dtype=_BY_NAME[name], device=like.device)
 
 

@@ -59,6 +59,11 @@ def as_scaled(x: Any, what: str = "operand") -> ScaledTensor:
         raise type(error)(f"{what}.{error}") from None
 
 
+def as_operand(x: Any, what: str = "operand") -> ScaledTensor | torch.Tensor:
+    """A ScaledTensor for a pair, a tensor for an array: either operand of a product. Errors begin with `what`."""
+    return as_scaled(x, what) if isinstance(x, (ScaledTensor, tuple, list)) else as_tensor(x, what)
+
+
 def infer_block(shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
     """The block of a scale grid, from its shape.
 
@@ -90,15 +95,16 @@ def _normalised(
         raise TypeError(f"data has dtype {data.dtype}; it is one of {', '.join(map(str, FORMATS))}")
     if scale.dtype not in (torch.float32, torch.float8_e8m0fnu):
         raise TypeError(f"scale has dtype {scale.dtype}; it is torch.float32 or torch.float8_e8m0fnu")
-    if data.dim() != 2:
-        raise ValueError(f"data has shape {list(data.shape)}; it must have 2 dimensions")
-    if scale.dim() > 2:
-        raise ValueError(f"scale has shape {list(scale.shape)}; it has at most 2 dimensions")
-    if scale.dim() < 2:  # a scalar, or one scale per row
+    if data.dim() not in (2, 3):
+        raise ValueError(f"data has shape {list(data.shape)}; it must have 2 dimensions, or 3 for a stack of matrices")
+    if data.dim() == 2 and scale.dim() < 2:  # a scalar, or one scale per row
         scale = scale.reshape(-1, 1)
-    if block is None:
-        return data, scale, infer_block(tuple(data.shape), tuple(scale.shape))
-    return data, scale, _checked_block(block, tuple(data.shape), tuple(scale.shape))
+    if scale.dim() != data.dim() or scale.shape[:-2] != data.shape[:-2]:
+        raise ValueError(
+            f"scale has shape {list(scale.shape)}; data {list(data.shape)} takes as many dimensions and matrices"
+        )
+    shape, grid = tuple(data.shape[-2:]), tuple(scale.shape[-2:])
+    return data, scale, infer_block(shape, grid) if block is None else _checked_block(block, shape, grid)
 
 
 def _checked_block(block: Any, shape: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, int]:
@@ -121,9 +127,11 @@ def _checked_block(block: Any, shape: tuple[int, ...], scale: tuple[int, ...]) -
 class ScaledTensor:
     """FP8 data and its decode multipliers: x[i, j] ~ data[i, j] * scale[i // block[0], j // block[1]].
 
-    data: [rows, columns] torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2.
-    scale: [ceil(rows / block[0]), ceil(columns / block[1])] float32 or float8_e8m0fnu. Edge blocks
-        may be partial. A scalar is one scale for the tensor, a vector one per row.
+    data: [rows, columns] torch.float8_e4m3fn, float8_e4m3fnuz or float8_e5m2; [G, rows, columns] for a
+        stack of G matrices, such as the weights of G experts.
+    scale: [ceil(rows / block[0]), ceil(columns / block[1])] float32 or float8_e8m0fnu, [G, ...] for a
+        stack. Edge blocks may be partial. Without a stack, a scalar is one scale for the tensor, a
+        vector one per row.
     block: (rows, columns) of one scale; inferred from the shapes when it is one of 1x128, 128x128,
         128x1, per row, per tensor.
 
@@ -155,12 +163,20 @@ class ScaledTensor:
 
     @property
     def T(self) -> ScaledTensor:
-        """The transpose, a view."""
-        return ScaledTensor(self.data.T, self.scale.T, (self.block[1], self.block[0]))
+        """The transpose, of every matrix of a stack: a view."""
+        return ScaledTensor(self.data.mT, self.scale.mT, (self.block[1], self.block[0]))
+
+    def group(self, g: int) -> ScaledTensor:
+        """Matrix g of a stack, a view."""
+        if self.data.dim() != 3:
+            raise ValueError(f"data has shape {list(self.data.shape)}; a stack of matrices has 3 dimensions")
+        return ScaledTensor(self.data[g], self.scale[g], self.block)
 
     def to_float64(self) -> torch.Tensor:
         """The exact values, for references."""
         scale = self.scale.to(torch.float32).to(torch.float64)
-        rows, cols = self.data.shape
-        grid = scale.repeat_interleave(self.block[0], 0)[:rows].repeat_interleave(self.block[1], 1)[:, :cols]
+        rows, cols = self.data.shape[-2:]
+        grid = scale.repeat_interleave(self.block[0], -2)[..., :rows, :].repeat_interleave(self.block[1], -1)[
+            ..., :cols
+        ]
         return self.data.to(torch.float32).to(torch.float64) * grid

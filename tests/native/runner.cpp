@@ -2,7 +2,8 @@
 // only an emulator has. tests/remote.py talks to it over stdin and stdout, in lines and raw bytes:
 //
 //   list                    -> "features NAME...", then a "kernel OP NAME FEATURE..." per row, "end"
-//   run OP KERNEL THREADS ROUND_UP OPERANDS MEMORIES          ("ask" instead of "run": see below)
+//   run OP KERNEL THREADS OPTIONS OPERANDS MEMORIES           ("ask" instead of "run": see below)
+//     each option   NAME NUMBER
 //     each operand  NAME DTYPE ROWS COLS ROW_STRIDE COL_STRIDE BLOCK_ROWS BLOCK_COLS MEMORY
 //     each memory   BYTES WRITABLE, and after the line the bytes, from the operand's first element to its last
 //                           -> "done" and the bytes of every writable memory, in order
@@ -43,6 +44,8 @@ void list() {
   const Backend& b = cpu::backend();
   std::cout << "features" << features_of(b.detect_features(), " ") << "\n";
   for (const GemmKernel& k : b.gemm) std::cout << "kernel fp8_gemm_nt " << k.name << features_of(k.needs, " ") << "\n";
+  for (const ExpertsKernel& k : b.experts)
+    std::cout << "kernel fused_experts " << k.name << features_of(k.needs, " ") << "\n";
   for (const CastKernel& k : b.cast) std::cout << "kernel cast " << k.name << features_of(k.needs, " ") << "\n";
   std::cout << "end\n";
 }
@@ -79,13 +82,17 @@ class Memory {
 struct Request {
   std::string op, kernel;
   int threads = 1;
-  bool round_scale_up = false;
+  std::map<std::string, double> options;
   std::map<std::string, ScaleGrid> operands;  // a plain matrix has a block of 1 x 1
   std::deque<Memory> memories;
 
   explicit Request(std::istream& in) {
-    int operand_count, memory_count;
-    in >> op >> kernel >> threads >> round_scale_up >> operand_count >> memory_count;
+    int option_count, operand_count, memory_count;
+    in >> op >> kernel >> threads >> option_count >> operand_count >> memory_count;
+    for (int i = 0; i < option_count; ++i) {
+      std::string name;
+      in >> name >> options[name];
+    }
     std::vector<std::pair<Matrix*, size_t>> pending;
     for (int i = 0; i < operand_count; ++i) {
       std::string name, dtype;
@@ -102,11 +109,15 @@ struct Request {
     for (auto& [matrix, memory] : pending) matrix->data = memories.at(memory).data();
   }
 
-  ScaleGrid grid(const char* name) const {
+  double option(const std::string& name, double otherwise = 0) const {
+    const auto found = options.find(name);
+    return found == options.end() ? otherwise : found->second;
+  }
+  ScaleGrid grid(const std::string& name) const {
     const auto found = operands.find(name);
     return found == operands.end() ? ScaleGrid{} : found->second;
   }
-  Matrix matrix(const char* name) const { return grid(name).values; }
+  Matrix matrix(const std::string& name) const { return grid(name).values; }
 };
 
 template <class Row>
@@ -146,10 +157,59 @@ const char* cast(const Request& r, bool ask) {
   p.x = r.matrix(back ? "out" : "x");
   p.q = r.matrix(back ? "x" : "out");
   p.scale = r.grid(back ? "x.scale" : "out.scale");
-  p.round_scale_up = r.round_scale_up;
+  p.round_scale_up = r.option("round_scale_up") != 0;
   p.threads = r.threads;
   check_cast(r.op.c_str(), p, !back, gated);
   if (!ask && p.q.rows && p.q.cols) (back ? kernel.dequantize : gated ? kernel.silu_mul_cast : kernel.cast)(p);
+  return nullptr;
+}
+
+std::vector<Expert> experts_named(const Request& r, const std::string& name) {
+  const int64_t hidden = static_cast<int64_t>(r.option(name + ".hidden"));
+  const int64_t intermediate = static_cast<int64_t>(r.option(name + ".intermediate"));
+  const auto projection = [&](const std::string& which, int64_t first, int64_t count, int64_t inputs) {
+    const Projection w{r.matrix(which), r.grid(which + ".scale"), r.matrix(which + ".bias"), first, count};
+    check_projection("fused_experts", which.c_str(), w, count, inputs);
+    return w;
+  };
+  std::vector<Expert> experts;
+  for (int64_t e = 0; e < static_cast<int64_t>(r.option(name + ".count")); ++e) {
+    const std::string which = text(name, ".", e, ".");
+    const int64_t up_first = static_cast<int64_t>(r.option(name + ".up_first"));
+    experts.push_back({projection(which + "gate", 0, intermediate, hidden),
+                       projection(which + "up", up_first, intermediate, hidden),
+                       projection(which + "down", 0, hidden, intermediate)});
+  }
+  return experts;
+}
+
+const char* fused_experts(const Request& r, bool ask) {
+  const ExpertsKernel& kernel = row_named(cpu::backend().experts, r.kernel);
+  const std::vector<Expert> experts = experts_named(r, "experts"), shared = experts_named(r, "shared");
+  ExpertsProblem p;
+  p.x = r.matrix("x");
+  p.sx = r.grid("x.scale");
+  p.experts = experts.data();
+  p.num_experts = static_cast<int64_t>(experts.size());
+  p.shared = shared.data();
+  p.num_shared = static_cast<int64_t>(shared.size());
+  p.ids = r.matrix("ids");
+  p.weights = r.matrix("weights");
+  p.activation = static_cast<Activation>(r.option("activation"));
+  p.alpha = static_cast<float>(r.option("alpha"));
+  p.beta = static_cast<float>(r.option("beta"));
+  p.limit = static_cast<float>(r.option("limit", INFINITY));
+  p.quantize = r.option("quantize_activations") != 0;
+  p.weight_on_input = r.option("apply_router_weight_on_input") != 0;
+  p.reduce = r.option("reduce") != 0;
+  p.out = r.matrix("out");
+  p.workspace = r.matrix("workspace");
+  p.threads = r.threads;
+  check_experts("fused_experts", p);
+  check_ids("fused_experts", "ids", p.ids, p.num_experts);
+  check_experts_output("fused_experts", p);
+  if (const char* reason = kernel.refuses(p)) return reason;
+  if (!ask && p.out.rows && p.out.cols) kernel.run(p);
   return nullptr;
 }
 
@@ -158,7 +218,9 @@ void serve(const std::string& verb) {
   const bool ask = verb == "ask";
   const char* reason = nullptr;
   try {
-    reason = request.op == "fp8_gemm_nt" ? gemm(request, ask) : cast(request, ask);
+    reason = request.op == "fp8_gemm_nt"     ? gemm(request, ask)
+             : request.op == "fused_experts" ? fused_experts(request, ask)
+                                             : cast(request, ask);
   } catch (const std::logic_error& fault) {  // of an emulated instruction, amid a parallel region
     std::cerr << fault.what() << "\n";
     std::abort();

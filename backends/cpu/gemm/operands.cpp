@@ -68,10 +68,18 @@ int result_exponent_f32(Dtype weights, int row_exponent) {
   return row_exponent - kTopF32 + 127 - layout_of(weights).bias;
 }
 
-void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent) {
+void scale_by_power(const RowOps& rows, float* x, int64_t n, int exponent) {
   const int last = std::clamp(exponent, -126, 127);  // within f32's powers, and the step that may round
-  if (exponent != last) rows.scale(sums, power_of_two(exponent - last), n, sums);
-  rows.scale(sums, power_of_two(last), n, sums);
+  if (exponent != last) rows.scale(x, power_of_two(exponent - last), n, x);
+  rows.scale(x, power_of_two(last), n, x);
+}
+
+void store_row(const RowOps& rows, const float* values, int64_t n, const Matrix& m, int64_t row, int64_t col) {
+  if (m.col_stride == 1) return rows.store(m.dtype, values, n, m.at(row, col));
+  for (int64_t j = 0; j < n; ++j) rows.store(m.dtype, values + j, 1, m.at(row, col + j));
+}
+
+void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums) {
   const auto add_row = [&](const Matrix& m, int64_t row) {
     if (!m) return;
     float* values = scratch_of<float>(Slot::row, n);
@@ -84,8 +92,7 @@ void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, 
   };
   add_row(p.bias, 0);
   add_row(p.c, i);
-  if (p.out.col_stride == 1) return rows.store(p.out.dtype, sums, n, p.out.at(i, j0));
-  for (int64_t j = 0; j < n; ++j) rows.store(p.out.dtype, sums + j, 1, p.out.at(i, j0 + j));
+  store_row(rows, sums, n, p.out, i, j0);
 }
 
 }  // namespace moekern::cpu

@@ -35,7 +35,13 @@ constexpr int kTopF32 = 120;
 // The exponent that undoes such activations and weights.
 int result_exponent_f32(Dtype weights, int row_exponent);
 
-// out[i, j0 .. j0 + n) = cast(c + bias + sums * 2^exponent), sums overwritten.
-void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums, int exponent);
+// x *= 2^exponent, which may be beyond f32's powers.
+void scale_by_power(const RowOps& rows, float* x, int64_t n, int exponent);
+
+// out[i, j0 .. j0 + n) = cast(c + bias + sums), sums overwritten.
+void write_row(const RowOps& rows, const GemmProblem& p, int64_t i, int64_t j0, int64_t n, float* sums);
+
+// Stores n values to row `row` of m from column `col` on.
+void store_row(const RowOps& rows, const float* values, int64_t n, const Matrix& m, int64_t row, int64_t col);
 
 }  // namespace moekern::cpu

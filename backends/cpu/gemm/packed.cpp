@@ -5,67 +5,24 @@
 //       for each 128 of k                          one scale block: C += scale * (A x strip)
 //         for each strip of nr weight rows         decoded to f32, k-major, in L1
 //           for each tile of mr activation rows
+#include "cpu/gemm/packed.h"
+
 #include <algorithm>
 #include <cstring>
 
 #include "cpu/gemm/driver.h"
-#include "cpu/gemm/operands.h"
 #include "cpu/parallel.h"
 #include "moekern/float_formats.h"
 
 namespace moekern::cpu {
 namespace {
 
-// A task's block of A (256 x 128 f32 = 128 KiB) and of C (256 x 128 f32) fill half of a 512 KiB L2;
-// 256 rows make the decoding of a strip (about 2 cycles per 8 weights) 1.5% of its 128 cycles of FMA.
-constexpr int64_t kTaskRows = 256, kTaskCols = 128;
-// For few rows a task is one strip from end to end, so that only nr rows of weights are on their way to
-// the core: rows a large power of two apart share a few cache sets, where 128 of them would evict each
-// other before they are used. The activations, read again for every strip, are small then.
+// For few rows a strip goes from end to end, so that only nr rows of weights are on their way to the core:
+// rows a large power of two apart share a few cache sets, where 128 of them would evict each other before
+// they are used. The activations, read again for every strip, are small then.
 constexpr int64_t kFewRows = 48;
 constexpr int64_t kSharedBytesPerThread = 8 << 20;
 constexpr int kMaxStrip = 64;
-
-// A normalised, block-major: [k_blocks][rows][128] values of the ISA's panel type, so that a tile's
-// rows lie close together.
-struct Activations {
-  Dtype panel;
-  char* values;
-  float* row_scales;  // [k_blocks][rows] for bf16 panels: a's scales, normalised likewise; null otherwise
-  int* exponents;     // [rows], of the two powers of two taken out
-  int64_t first, rows, k_blocks;
-  char* at(int64_t kb, int64_t row) const { return values + (kb * rows + row) * kBlock * size_of(panel); }
-};
-
-// Carves an Activations out of the shared scratch.
-Activations allocate(Dtype panel, int64_t first, int64_t rows, int64_t k_blocks) {
-  const bool scaled = panel == Dtype::bf16;
-  const int64_t value_bytes = round_up(rows * k_blocks * kBlock * size_of(panel), 64);
-  const int64_t scale_bytes = scaled ? rows * k_blocks * static_cast<int64_t>(sizeof(float)) : 0;
-  auto* memory = scratch_of<char>(Slot::shared_a, value_bytes + scale_bytes + rows * static_cast<int64_t>(sizeof(int)));
-  return {panel,
-          memory,
-          scaled ? reinterpret_cast<float*>(memory + value_bytes) : nullptr,
-          reinterpret_cast<int*>(memory + value_bytes + scale_bytes),
-          first,
-          rows,
-          k_blocks};
-}
-
-void normalise(const GemmIsa& isa, const GemmProblem& p, const Activations& a) {
-  constexpr int64_t kRowsPerTask = 4;
-  const bool f32 = a.panel == Dtype::f32;
-  parallel_for(p.threads, ceil_div(a.rows, kRowsPerTask), [&](int64_t task) {
-    float* row = scratch_of<float>(Slot::own_a, a.k_blocks * kBlock);
-    for (int64_t i = task * kRowsPerTask; i < std::min((task + 1) * kRowsPerTask, a.rows); ++i) {
-      a.exponents[i] = normalised_row(*isa.rows, p, a.first + i, f32, f32 ? kTopF32 : 0, a.k_blocks * kBlock, row);
-      for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
-        isa.rows->store(a.panel, row + kb * kBlock, kBlock, a.at(kb, i));
-      }
-      if (a.row_scales) a.exponents[i] += normalised_scales(p.sa, a.first + i, a.k_blocks, a.row_scales + i, a.rows);
-    }
-  });
-}
 
 struct Strip {
   const uint8_t* rows[kMaxStrip];
@@ -122,37 +79,66 @@ void repair(const GemmIsa& isa, Dtype format, const Strip& strip, int kc, void* 
     }
 }
 
-void run_task(const GemmIsa& isa, const GemmProblem& p, const Activations& a, int64_t i0, int64_t rows, int64_t j0,
-              int64_t cols) {
-  const int64_t strips = ceil_div(cols, isa.nr), ldc = strips * isa.nr;
-  float* c = scratch_of<float>(Slot::own_c, rows * ldc);
+void strip_block(const GemmIsa& isa, const GemmProblem& p, const PackedActivations& a, int64_t i0, int64_t rows,
+                 int64_t j, int64_t kb, float* sums, int64_t ld) {
+  const int kc = static_cast<int>(std::min<int64_t>(kBlock, p.k() - kb * kBlock));
+  const int kc_padded = static_cast<int>(round_up(kc, 4 * isa.lanes));
   void* values = scratch(Slot::own_b, static_cast<size_t>(kBlock * isa.nr * size_of(isa.panel)));
-  std::memset(c, 0, static_cast<size_t>(rows * ldc) * sizeof(float));
+  Strip strip;
+  locate(isa, p, j, kb * kBlock, kc, kc_padded, strip);
+  if (isa.pack(p.b.dtype, strip.rows, kc_padded, values)) repair(isa, p.b.dtype, strip, kc, values);
   // Tiles of equal height: 16 rows in tiles of at most 6 are 6 + 5 + 5, never 6 + 6 + 4.
   const int64_t tiles = ceil_div(rows, isa.mr);
-  Strip strip;
-  for (int64_t kb = 0; kb < a.k_blocks; ++kb) {
-    const int kc = static_cast<int>(std::min<int64_t>(kBlock, p.k() - kb * kBlock));
-    const int kc_padded = static_cast<int>(round_up(kc, 4 * isa.lanes));
-    for (int64_t s = 0; s < strips; ++s) {
-      locate(isa, p, j0 + s * isa.nr, kb * kBlock, kc, kc_padded, strip);
-      if (isa.pack(p.b.dtype, strip.rows, kc_padded, values)) repair(isa, p.b.dtype, strip, kc, values);
-      for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t i = rows * t / tiles, next = rows * (t + 1) / tiles;
-        const float* row_scale = a.row_scales ? a.row_scales + kb * a.rows + i0 + i : nullptr;
-        isa.tile(static_cast<int>(next - i), kc_padded, a.at(kb, i0 + i), kBlock, values, row_scale, strip.scale,
-                 c + i * ldc + s * isa.nr, ldc);
-      }
-    }
-  }
-  for (int64_t i = 0; i < rows; ++i) {
-    const int e = a.exponents[i0 + i];
-    write_row(*isa.rows, p, a.first + i0 + i, j0, cols, c + i * ldc,
-              isa.panel == Dtype::f32 ? result_exponent_f32(p.b.dtype, e) : e);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t i = rows * t / tiles, next = rows * (t + 1) / tiles;
+    const float* row_scale = a.row_scales ? a.row_scales + kb * a.rows + i0 + i : nullptr;
+    isa.tile(static_cast<int>(next - i), kc_padded, a.at(kb, i0 + i), kBlock, values, row_scale, strip.scale,
+             sums + i * ld, ld);
   }
 }
 
 }  // namespace
+
+int64_t packed_bytes(Dtype panel, int64_t rows, int64_t k) {
+  const int64_t k_blocks = ceil_div(k, kBlock), scales = panel == Dtype::bf16 ? rows * k_blocks : 0;
+  return round_up(rows * k_blocks * kBlock * size_of(panel), 64) +
+         (scales + rows) * static_cast<int64_t>(sizeof(float));
+}
+
+PackedActivations packed_activations(Dtype panel, int64_t rows, int64_t k, char* memory) {
+  const int64_t k_blocks = ceil_div(k, kBlock), scales = panel == Dtype::bf16 ? rows * k_blocks : 0;
+  auto* after = reinterpret_cast<float*>(memory + round_up(rows * k_blocks * kBlock * size_of(panel), 64));
+  return {panel, memory, scales ? after : nullptr, reinterpret_cast<int*>(after + scales), rows, k_blocks};
+}
+
+void pack_activations(const GemmIsa& isa, const GemmProblem& p, int64_t i, const PackedActivations& a, int64_t row) {
+  const bool f32 = a.panel == Dtype::f32;
+  const int64_t from = p.a_row(i);
+  float* values = scratch_of<float>(Slot::row, a.k_blocks * kBlock);
+  a.exponents[row] = normalised_row(*isa.rows, p, from, f32, f32 ? kTopF32 : 0, a.k_blocks * kBlock, values);
+  for (int64_t kb = 0; kb < a.k_blocks; ++kb) isa.rows->store(a.panel, values + kb * kBlock, kBlock, a.at(kb, row));
+  if (a.row_scales) a.exponents[row] += normalised_scales(p.sa, from, a.k_blocks, a.row_scales + row, a.rows);
+}
+
+void packed_block(const GemmIsa& isa, const GemmProblem& p, const PackedActivations& a, int64_t i0, int64_t rows,
+                  int64_t j0, int64_t cols, float* sums) {
+  const int64_t strips = ceil_div(cols, isa.nr), ld = strips * isa.nr;
+  std::memset(sums, 0, static_cast<size_t>(rows * ld) * sizeof(float));
+  const auto run = [&](int64_t s, int64_t kb) {
+    strip_block(isa, p, a, i0, rows, j0 + s * isa.nr, kb, sums + s * isa.nr, ld);
+  };
+  if (rows <= kFewRows) {
+    for (int64_t s = 0; s < strips; ++s)
+      for (int64_t kb = 0; kb < a.k_blocks; ++kb) run(s, kb);
+  } else {
+    for (int64_t kb = 0; kb < a.k_blocks; ++kb)
+      for (int64_t s = 0; s < strips; ++s) run(s, kb);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    const int e = a.exponents[i0 + i];
+    scale_by_power(*isa.rows, sums + i * ld, cols, a.panel == Dtype::f32 ? result_exponent_f32(p.b.dtype, e) : e);
+  }
+}
 
 const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p) {
   if (isa.panel == Dtype::bf16 && !is_fp8(p.a.dtype) && p.a.dtype != Dtype::bf16)
@@ -165,14 +151,18 @@ const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p) {
 }
 
 void gemm_packed(const GemmIsa& isa, const GemmProblem& p) {
-  const int64_t k_blocks = ceil_div(p.k(), kBlock);
-  const int64_t row_bytes = std::max<int64_t>(k_blocks, 1) * kBlock * size_of(isa.panel);
+  const int64_t row_bytes = std::max<int64_t>(ceil_div(p.k(), kBlock), 1) * kBlock * size_of(isa.panel);
   const int64_t fitting = std::max<int64_t>(kSharedBytesPerThread * p.threads / row_bytes, isa.mr);
   const int64_t chunk = std::min(p.m(), fitting > kTaskRows ? fitting / kTaskRows * kTaskRows : fitting);
   for (int64_t first = 0; first < p.m(); first += chunk) {
     const int64_t rows = std::min(chunk, p.m() - first);
-    const Activations a = allocate(isa.panel, first, rows, k_blocks);
-    normalise(isa, p, a);
+    const PackedActivations a = packed_activations(
+        isa.panel, rows, p.k(), scratch_of<char>(Slot::shared_a, packed_bytes(isa.panel, rows, p.k())));
+    constexpr int64_t kRowsPerTask = 4;
+    parallel_for(p.threads, ceil_div(rows, kRowsPerTask), [&](int64_t task) {
+      for (int64_t i = task * kRowsPerTask; i < std::min((task + 1) * kRowsPerTask, rows); ++i)
+        pack_activations(isa, p, first + i, a, i);
+    });
     const int64_t row_tasks = ceil_div(rows, kTaskRows), task_rows = ceil_div(rows, row_tasks);
     // At least four tasks a thread, so that a slow one does not leave the others waiting.
     const int64_t wanted = round_up(ceil_div(p.n(), ceil_div(4 * p.threads, row_tasks)), isa.nr);
@@ -180,7 +170,11 @@ void gemm_packed(const GemmIsa& isa, const GemmProblem& p) {
     const int64_t col_tasks = ceil_div(p.n(), task_cols);
     parallel_for(p.threads, row_tasks * col_tasks, [&](int64_t task) {
       const int64_t i0 = task % row_tasks * task_rows, j0 = task / row_tasks * task_cols;
-      run_task(isa, p, a, i0, std::min(task_rows, rows - i0), j0, std::min(task_cols, p.n() - j0));
+      const int64_t height = std::min(task_rows, rows - i0), cols = std::min(task_cols, p.n() - j0);
+      const int64_t ld = round_up(cols, isa.nr);
+      float* sums = scratch_of<float>(Slot::own_c, height * ld);
+      packed_block(isa, p, a, i0, height, j0, cols, sums);
+      for (int64_t i = 0; i < height; ++i) write_row(*isa.rows, p, first + i0 + i, j0, cols, sums + i * ld);
     });
   }
 }

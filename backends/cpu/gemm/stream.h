@@ -2,9 +2,9 @@
 // registers and used for all M rows. Vectors run along k, so rows of the checkpoint need no
 // transposition; a lane sum at the very end makes the dot product.
 //
-// Per 4W weights: 1 load, 9 operations to decode, 2 to look for NaN, 4 M FMAs. FMA latency 4 x 2 ports
-// wants 8 independent chains: R weight rows are in flight at once, and every dot product has two
-// chains, one over the odd bytes of a word and one over the even. A chain runs over k in the same
+// Per 4W weights and row: 4 loads, 11 operations to decode, 2 to look for NaN, 4 M FMAs. FMAs take two
+// ports, and so do loads: R weight rows are in flight at once so that a load of an activation serves R
+// FMAs, and R * M independent chains hide FMA latency 4 x 2 ports from 8 on. A chain runs over k in the same
 // order whatever M and R are: a row's bits never depend on M.
 #pragma once
 #include "cpu/gemm/decode.h"
@@ -14,55 +14,61 @@ namespace moekern::cpu {
 namespace {
 
 template <Dtype F, int M, int R>
-inline void stream_step(const uint8_t* const* w, int64_t k, const float* a, int64_t a_stride, F32 (&acc)[R][M][2],
+inline void stream_step(const uint8_t* const* w, int64_t k, const float* a, int64_t a_stride, F32 (&acc)[R][M],
                         Special<F>& special) {
-  const I32 mask = set1_i32(Decode<F>::kMask);
-#pragma GCC unroll 2
-  for (int parity = 1; parity >= 0; --parity) {
-    I32 pair[R];
+  if constexpr (M == 1) {  // registers for what Decode::lanes shares between the four
+    F32 x[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) x[j] = load_once(a + k + j * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const I32 x = load_bytes(w[r] + k);
-      if (parity) special.see(x);
-      pair[r] = sra16<Decode<F>::kShift>(parity ? x : shl16<8>(x));
+      const I32 bytes = load_bytes(w[r] + k);
+      special.see(bytes);
+      F32 v[4];
+      Decode<F>::lanes(bytes, v);
+#pragma GCC unroll 4
+      for (int j = 3; j >= 0; --j) acc[r][0] = fma(x[j], v[j], acc[r][0]);
     }
-#pragma GCC unroll 2
-    for (int j = parity + 2; j >= 0; j -= 2) {
+  } else {
+#pragma GCC unroll 4
+    for (int j = 3; j >= 0; --j) {
       F32 v[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) v[r] = as_f32(bit_and(j & 2 ? pair[r] : shl32<16>(pair[r]), mask));
+      for (int r = 0; r < R; ++r) {
+        const I32 bytes = load_bytes(w[r] + k);
+        if (j == 3) special.see(bytes);
+        v[r] = Decode<F>::lane(bytes, j);
+      }
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) {
-        const F32 ai = load(a + i * a_stride + k + j * W);
+        const F32 x = load_once(a + i * a_stride + k + j * W);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][i][parity] = fma(ai, v[r], acc[r][i][parity]);
+        for (int r = 0; r < R; ++r) acc[r][i] = fma(x, v[r], acc[r][i]);
       }
     }
   }
 }
 
-// `next` is what the core will read a little later than this group (`kAhead`).
+// `ahead`: bytes from a weight to the one that is wanted a task later, when it will have come from memory.
+// A function of its own and a body of one step for three or four rows, of two otherwise: so that gcc finds
+// registers for all accumulators whatever is around them. Spilled, the loop runs at 60% of this.
 template <Dtype F, int M, int R>
-inline void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* next, const float* a,
-                         int64_t a_stride, float* out, bool first, Special<F>& special) {
-  constexpr int kStep = 4 * W;
-  // One prefetch a cache line; but from M = 5 on, 16 registers are too few for a longer body.
-  constexpr int kBody = M <= 4 && kStep < 64 ? 64 : kStep;
-  F32 acc[R][M][2];
+__attribute__((noinline)) void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead, const float* a,
+                                            int64_t a_stride, float* out, bool first, Special<F>& special) {
+  constexpr int kStep = 4 * W, kBody = kStep < 64 && M != 3 && M != 4 ? 64 : kStep;
+  F32 acc[R][M];
   const uint8_t* row[R];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
     row[r] = w + r * ldw;
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-      for (int q = 0; q < 2; ++q) acc[r][i][q] = first ? zero() : load(out + ((r * M + i) * 2 + q) * W);
+    for (int i = 0; i < M; ++i) acc[r][i] = first ? zero() : load(out + (r * M + i) * W);
   }
   const int64_t whole = kc / kStep * kStep;
   int64_t k = 0;
   for (; k + kBody <= whole; k += kBody) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(next + r * ldw + k);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + (k + ahead), 0, 2);
 #pragma GCC unroll 4
     for (int step = 0; step < kBody; step += kStep) stream_step<F, M, R>(row, k + step, a, a_stride, acc, special);
   }
@@ -80,63 +86,93 @@ inline void stream_group(int64_t kc, const uint8_t* w, int64_t ldw, const uint8_
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < M; ++i)
-#pragma GCC unroll 2
-      for (int q = 0; q < 2; ++q) store(out + ((r * M + i) * 2 + q) * W, acc[r][i][q]);
+    for (int i = 0; i < M; ++i) store(out + (r * M + i) * W, acc[r][i]);
 }
-
-// The hardware's prefetcher stops at the end of every row's piece, so software asks for what comes
-// 4 KiB later: at 16 GB/s a core that is 250 ns, twice the latency of memory.
-constexpr int64_t kAhead = 4096;
 
 template <Dtype F, int M, int R>
-bool stream_rows(int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after, const float* a,
-                 int64_t a_stride, float* acc, bool first) {
-  Special<F> special;
-  const int ahead = static_cast<int>((kAhead + kc - 1) / kc + R - 1) / R * R;
-  const auto next = [&](int r) { return r + ahead < rows ? w + (r + ahead) * ldw : after + (r + ahead - rows) * ldw; };
+inline void stream_rows(int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead, const float* a,
+                        int64_t a_stride, float* acc, bool first, Special<F>& special) {
   int r = 0;
   for (; r + R <= rows; r += R)
-    stream_group<F, M, R>(kc, w + r * ldw, ldw, next(r), a, a_stride, acc + r * M * 2 * W, first, special);
-  for (; r < rows; ++r)
-    stream_group<F, M, 1>(kc, w + r * ldw, ldw, next(r), a, a_stride, acc + r * M * 2 * W, first, special);
-  return special.found();
+    stream_group<F, M, R>(kc, w + r * ldw, ldw, ahead, a, a_stride, acc + r * M * W, first, special);
+  if constexpr (R > 1)
+    stream_rows<F, M, (R + 1) / 2>(rows - r, kc, w + r * ldw, ldw, ahead, a, a_stride, acc + r * M * W, first, special);
 }
 
-// 2 R M accumulators beside R decoded words, a weight, an activation and the mask. Sixteen registers
-// (AVX2) carry 6 rows, thirty-two (AVX-512, NEON, SVE) carry 8.
+// R M accumulators, R weights and an activation, and the mask. Sixteen registers (AVX2) carry 6 rows,
+// thirty-two (AVX-512, NEON, SVE) carry 8.
 constexpr int kPassRows = kRegisters == 16 ? 6 : 8;
 constexpr int rows_in_flight(int m) {
-  return kRegisters == 16 ? (m == 1 ? 4 : m == 2 ? 2 : 1) : (m == 1 ? 8 : m <= 3 ? 4 : 1);
+  return kRegisters == 16 ? (m <= 2 ? 4 : m == 3 ? 3 : 2) : (m == 1 ? 8 : m <= 5 ? 4 : 3);
 }
 
 template <Dtype F, int M = kPassRows>
-bool stream_format(int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after, const float* a,
+bool stream_format(int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead, const float* a,
                    int64_t a_stride, float* acc, bool first) {
   if constexpr (M > 1) {
-    if (m < M) return stream_format<F, M - 1>(m, rows, kc, w, ldw, after, a, a_stride, acc, first);
+    if (m < M) return stream_format<F, M - 1>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
   }
-  return stream_rows<F, M, rows_in_flight(M)>(rows, kc, w, ldw, after, a, a_stride, acc, first);
+  Special<F> special;
+  stream_rows<F, M, rows_in_flight(M)>(rows, kc, w, ldw, ahead, a, a_stride, acc, first, special);
+  return special.found();
 }
 
-bool stream(Dtype format, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after,
-            const float* a, int64_t a_stride, float* acc, bool first) {
+bool stream(Dtype format, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead, const float* a,
+            int64_t a_stride, float* acc, bool first) {
   switch (format) {
-    case Dtype::e5m2: return stream_format<Dtype::e5m2>(m, rows, kc, w, ldw, after, a, a_stride, acc, first);
-    case Dtype::e4m3fnuz: return stream_format<Dtype::e4m3fnuz>(m, rows, kc, w, ldw, after, a, a_stride, acc, first);
-    default: return stream_format<Dtype::e4m3fn>(m, rows, kc, w, ldw, after, a, a_stride, acc, first);
+    case Dtype::e5m2: return stream_format<Dtype::e5m2>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
+    case Dtype::e4m3fnuz: return stream_format<Dtype::e4m3fnuz>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
+    default: return stream_format<Dtype::e4m3fn>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
   }
+}
+
+// Lane i of out[d] = element d of x[i], for d < D: what is not asked for costs nothing.
+template <int D>
+inline void transpose(const float* const* x, F32* out) {
+  const uint8_t* rows[W];
+  I32 dwords[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) rows[i] = reinterpret_cast<const uint8_t*>(x[i]);
+  transpose_dwords(rows, 0, dwords);
+#pragma GCC unroll 16
+  for (int d = 0; d < D; ++d) out[d] = as_f32(dwords[d]);
 }
 
 // Vector j of every 4W elements takes the elements 4i + j: the order in which Decode yields weights.
 void permute(const float* src, int64_t n, float* dst) {
-  for (int64_t k = 0; k < n; k += 4 * W)
-    for (int j = 0; j < 4; ++j)
-      for (int i = 0; i < W; ++i) dst[k + j * W + i] = src[k + 4 * i + j];
+  for (int64_t k = 0; k < n; k += 4 * W) {
+    const float* from[W];
+    F32 to[4];
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) from[i] = src + k + 4 * i;
+    transpose<4>(from, to);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(dst + k + j * W, to[j]);
+  }
 }
 
-void reduce(const float* acc, int64_t count, float* sums) {
-  for (int64_t i = 0; i < count; ++i) sums[i] = reduce_add(add(load(acc + 2 * i * W), load(acc + (2 * i + 1) * W)));
+// W dot products at a time: a vector of them is the sum of the lanes, transposed.
+void reduce(const float* acc, int m, int rows, float* sums, int64_t ld) {
+  for (int i = 0; i < m; ++i) {
+    for (int r = 0; r < rows; r += W) {
+      const float* from[W];
+      F32 lane[W];
+#pragma GCC unroll 16
+      for (int q = 0; q < W; ++q) from[q] = acc + ((r + q < rows ? r + q : r) * m + i) * W;
+      transpose<W>(from, lane);
+#pragma GCC unroll 4
+      for (int half = W / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+        for (int q = 0; q < half; ++q) lane[q] = add(lane[q], lane[q + half]);
+      if (r + W <= rows) {
+        store(sums + i * ld + r, lane[0]);
+      } else {
+        alignas(64) float last[W];
+        store(last, lane[0]);
+        __builtin_memcpy(sums + i * ld + r, last, static_cast<size_t>(rows - r) * sizeof(float));
+      }
+    }
+  }
 }
 
 constexpr Stream stream_up_to(int max_m) { return {max_m, kPassRows, stream, permute, reduce}; }

@@ -1,81 +1,37 @@
 // The streaming GEMM: for few activation rows, where reading the weights is most of the work.
 //
 //   activations normalised to f32 and permuted once
-//   parallel over at most 64 weight rows           one row of the weights' scale grid at a time
-//     activations times that row of scales         so the inner loop has no scale in it
-//     for each piece of k whose activations fit L1
-//       for each pass of activation rows           stream (gemm/stream.h)
+//   parallel over blocks of weight rows            within one row of the weights' scale grid
+//     for each piece of k, of each pass of activation rows, that fits L1
+//       activations times that row of scales       so the inner loop has no scale in it
+//       stream (gemm/stream.h)
+#include "cpu/gemm/streamed.h"
+
 #include <algorithm>
-#include <cstring>
 
 #include "cpu/gemm/driver.h"
-#include "cpu/gemm/operands.h"
 #include "cpu/parallel.h"
 #include "moekern/float_formats.h"
 
 namespace moekern::cpu {
 namespace {
 
-constexpr int64_t kMinTaskRows = 8;
-constexpr int kMaxRows = 16;            // no ISA's Stream::max_m is larger
+// Weight rows to a task. All of a row of scales, so that what surrounds its products does not count, but for small
+// products, whose threads would wait for the last one.
+constexpr int64_t kMinTaskRows = 16, kMaxTaskRows = 128;
 constexpr int64_t kPieceFloats = 6144;  // 24 KiB of activations, in an L1 of 32 KiB or more
 
 struct Pieces {
   int64_t count, size;  // of k; size is a multiple of 128
-  explicit Pieces(int64_t m, int64_t k, int pass_rows) {
+  Pieces(int64_t m, int64_t k, int pass_rows) {
     const int64_t longest = std::max<int64_t>(kPieceFloats / std::min<int64_t>(m, pass_rows) / kBlock, 1) * kBlock;
     size = round_up(ceil_div(k, ceil_div(k, longest)), kBlock);
     count = ceil_div(k, size);
   }
 };
 
-// Weight rows a task takes: as many as keep their accumulators, which every piece reads and writes
-// once, to half of the smallest L1; and no task straddles two rows of scales.
-int64_t task_rows(const GemmIsa& isa, const GemmProblem& p, bool scale_in_a) {
-  constexpr int64_t kAccumulatorBytes = 16 << 10;
-  const int64_t a_row =
-      std::min<int64_t>(p.m(), isa.stream->pass_rows) * 2 * isa.lanes * static_cast<int64_t>(sizeof(float));
-  int64_t rows = 64;
-  while (rows > kMinTaskRows && rows * a_row > kAccumulatorBytes) rows /= 2;
-  while (scale_in_a && p.sb.block_rows < p.n() && p.sb.block_rows % rows != 0) rows /= 2;
-  return rows;
-}
-
-struct Shared {
-  const GemmIsa& isa;
-  const GemmProblem& p;
-  const float* a;  // [m][k_padded], normalised and permuted
-  int exponents[kMaxRows];
-  int64_t k_padded;
-  bool scale_in_a;  // scales that vary along k; otherwise they are applied to the sums
-  Pieces pieces;
-};
-
-// The activations times one row of the weights' scale grid, piece-major, kept per thread for as long
-// as the tasks stay in that row. `exponent` was taken out of the scales.
-struct ScaledActivations {
-  uint64_t call = 0;
-  int64_t grid_row = -1;
-  int exponent = 0;
-  float* values = nullptr;
-};
-
-void rescale(const Shared& s, uint64_t call, int64_t grid_row, ScaledActivations& own) {
-  if (own.call == call && own.grid_row == grid_row) return;
-  const ScaleGrid& sb = s.p.sb;
-  const int64_t m = s.p.m(), k = s.p.k(), blocks = ceil_div(k, kBlock);
-  own.call = call;
-  own.grid_row = grid_row;
-  own.values = scratch_of<float>(Slot::own_a, m * s.pieces.count * s.pieces.size);
-  float* scales = scratch_of<float>(Slot::row, blocks);
-  own.exponent = normalised_scales(s.scale_in_a ? sb : ScaleGrid{}, grid_row * sb.block_rows, blocks, scales, 1);
-  for (int64_t kb = 0; kb < blocks; ++kb) {
-    const int64_t piece = kb * kBlock / s.pieces.size, offset = kb * kBlock - piece * s.pieces.size;
-    for (int64_t i = 0; i < m; ++i)
-      s.isa.rows->scale(s.a + i * s.k_padded + kb * kBlock, scales[kb], kBlock,
-                        own.values + (piece * m + i) * s.pieces.size + offset);
-  }
-}
+// Scales that vary along k go into the activations; others are applied to the sums.
+bool scale_in_a(const GemmProblem& p) { return p.sb.values && p.sb.block_cols < p.k(); }
 
 // A row of weights with a NaN or an infinity in it, in plain arithmetic.
 float plain_dot(const GemmProblem& p, int64_t i, int64_t j) {
@@ -86,41 +42,44 @@ float plain_dot(const GemmProblem& p, int64_t i, int64_t j) {
   return static_cast<float>(sum);
 }
 
-void run_task(const Shared& s, const ScaledActivations& own, int64_t j0, int64_t cols) {
-  const GemmIsa& isa = s.isa;
-  const GemmProblem& p = s.p;
-  const int64_t m = p.m(), passes = ceil_div(m, isa.stream->pass_rows);
-  float* acc = scratch_of<float>(Slot::own_c, cols * m * 2 * (isa.lanes + 1));
-  float* sums = acc + cols * m * 2 * isa.lanes;
-  float* row = sums + cols * m;
-  const auto* w = reinterpret_cast<const uint8_t*>(p.b.data) + j0 * p.b.row_stride;
+// Columns [j0, j0 + cols) of the product, whose weights share a row of scales.
+void grid_row_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActivations& a, int64_t j0, int64_t cols,
+                    const char* next, float* sums, int64_t ld) {
+  const int64_t m = p.m(), passes = ceil_div(m, isa.stream->pass_rows), k_blocks = ceil_div(p.k(), kBlock);
+  const Pieces pieces(m, p.k(), isa.stream->pass_rows);
+  const bool scaled = scale_in_a(p);
+  float* scales = scratch_of<float>(Slot::row, k_blocks);
+  const int exponent = normalised_scales(scaled ? p.sb : ScaleGrid{}, scaled ? j0 : 0, k_blocks, scales, 1);
+  float* piece_of_a = scratch_of<float>(Slot::own_a, ceil_div(m, passes) * pieces.size);
+  float* acc = scratch_of<float>(Slot::own_c, cols * m * isa.lanes);
+  const auto* w = reinterpret_cast<const uint8_t*>(p.b.at(j0, 0));
   bool special = false;
-  for (int64_t piece = 0; piece < s.pieces.count; ++piece) {
-    const int64_t k = piece * s.pieces.size, kc = std::min(s.pieces.size, p.k() - k);
-    const uint8_t* next_piece = piece + 1 < s.pieces.count ? w + k + kc : w + cols * p.b.row_stride;
+  for (int64_t piece = 0; piece < pieces.count; ++piece) {
+    const int64_t k = piece * pieces.size, kc = std::min(pieces.size, p.k() - k);
+    const int64_t ahead = piece + 1 < pieces.count ? pieces.size : next - p.b.at(j0, k);
     for (int64_t pass = 0; pass < passes; ++pass) {
-      const int64_t i = m * pass / passes, next = m * (pass + 1) / passes;
+      const int64_t first = m * pass / passes, end = m * (pass + 1) / passes;
+      for (int64_t i = first; i < end; ++i)
+        for (int64_t q = 0; q < kc; q += kBlock)
+          isa.rows->scale(a.values + a.row(i) * a.k_padded + k + q, scales[(k + q) / kBlock], kBlock,
+                          piece_of_a + (i - first) * pieces.size + q);
       special |=
-          isa.stream->run(p.b.dtype, static_cast<int>(next - i), static_cast<int>(cols), kc, w + k, p.b.row_stride,
-                          pass + 1 < passes ? w + k : next_piece, own.values + (piece * m + i) * s.pieces.size,
-                          s.pieces.size, acc + i * cols * 2 * isa.lanes, piece == 0);
+          isa.stream->run(p.b.dtype, static_cast<int>(end - first), static_cast<int>(cols), kc, w + k, p.b.row_stride,
+                          pass ? 0 : ahead, piece_of_a, pieces.size, acc + first * cols * isa.lanes, piece == 0);
     }
   }
-  isa.stream->reduce(acc, cols * m, sums);
   for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t first = m * pass / passes, height = m * (pass + 1) / passes - first;
-    for (int64_t i = first; i < first + height; ++i) {
-      for (int64_t j = 0; j < cols; ++j) {
-        row[j] = sums[first * cols + j * height + i - first];
-        if (!s.scale_in_a) row[j] *= scale_of(p.sb, j0 + j, 0);
-      }
-      int exponent = result_exponent_f32(p.b.dtype, s.exponents[i]) + own.exponent;
-      if (special) {
-        for (int64_t j = 0; j < cols; ++j) row[j] = plain_dot(p, i, j0 + j);
-        exponent = 0;
-      }
-      write_row(*isa.rows, p, i, j0, cols, row, exponent);
-    }
+    const int64_t i = m * pass / passes, end = m * (pass + 1) / passes;
+    isa.stream->reduce(acc + i * cols * isa.lanes, static_cast<int>(end - i), static_cast<int>(cols), sums + i * ld,
+                       ld);
+  }
+  for (int64_t i = 0; i < m; ++i) {
+    float* row = sums + i * ld;
+    if (!scaled)
+      for (int64_t j = 0; j < cols; ++j) row[j] *= scale_of(p.sb, j0 + j, 0);
+    scale_by_power(*isa.rows, row, cols, result_exponent_f32(p.b.dtype, a.exponents[a.row(i)]) + exponent);
+    if (special)
+      for (int64_t j = 0; j < cols; ++j) row[j] = plain_dot(p, p.a_row(i), j0 + j);
   }
 }
 
@@ -130,38 +89,55 @@ const char* stream_refuses(const GemmIsa& isa, const GemmProblem& p) {
   if (p.m() > isa.stream->max_m) return "a has too many rows: streaming the weights pays for few only";
   if (p.k() == 0) return "k is 0: there are no weights to stream";
   if (p.b.col_stride != 1) return "b must be contiguous along k";
-  if (p.sb.values && p.sb.block_cols < p.k() &&
-      (p.sb.block_cols % kBlock != 0 || (p.sb.block_rows % kMinTaskRows != 0 && p.sb.block_rows < p.n())))
-    return "the scale blocks of b must be multiples of 8 x 128, or as wide as k";
+  if (scale_in_a(p) && (p.sb.block_cols % kBlock != 0 || (p.sb.block_rows < 8 && p.sb.block_rows < p.n())))
+    return "the scale blocks of b must be at least 8 rows high and a multiple of 128 wide, or as wide as k";
   return nullptr;
 }
 
+int64_t streamed_bytes(int64_t rows, int64_t k) {
+  return rows * (round_up(k, kBlock) + 1) * static_cast<int64_t>(sizeof(float));
+}
+
+StreamedActivations streamed_activations(int64_t rows, int64_t k, char* memory) {
+  const int64_t k_padded = round_up(k, kBlock);
+  auto* values = reinterpret_cast<float*>(memory);
+  return {values, reinterpret_cast<int*>(values + rows * k_padded), k_padded, nullptr};
+}
+
+void stream_activations(const GemmIsa& isa, const GemmProblem& p, int64_t i, const StreamedActivations& a,
+                        int64_t row) {
+  float* plain = scratch_of<float>(Slot::row, a.k_padded + isa.lanes);
+  a.exponents[row] = normalised_row(*isa.rows, p, p.a_row(i), true, kTopF32, a.k_padded, plain);
+  isa.stream->permute(plain, a.k_padded, a.values + row * a.k_padded);
+}
+
+int64_t streamed_task_rows(int64_t n, int threads) {
+  int64_t rows = kMaxTaskRows;
+  while (rows > kMinTaskRows && ceil_div(n, rows) < 32 * threads) rows /= 2;
+  return rows;
+}
+
+void streamed_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActivations& a, int64_t j0, int64_t cols,
+                    const char* next, float* sums, int64_t ld) {
+  if (!scale_in_a(p)) return grid_row_block(isa, p, a, j0, cols, next, sums, ld);
+  for (int64_t j = j0, end; j < j0 + cols; j = end) {
+    end = std::min(j0 + cols, (j / p.sb.block_rows + 1) * p.sb.block_rows);
+    grid_row_block(isa, p, a, j, end - j, end < j0 + cols ? p.b.at(end, 0) : next, sums + j - j0, ld);
+  }
+}
+
 void gemm_streamed(const GemmIsa& isa, const GemmProblem& p) {
-  static std::atomic<uint64_t> calls{0};
-  const uint64_t call = ++calls;
-  const int64_t k_padded = round_up(p.k(), kBlock);
-  Shared s{isa,
-           p,
-           nullptr,
-           {},
-           k_padded,
-           p.sb.values && p.sb.block_cols < p.k(),
-           Pieces(p.m(), p.k(), isa.stream->pass_rows)};
-  float* a = scratch_of<float>(Slot::shared_a, p.m() * k_padded);
-  s.a = a;
+  const StreamedActivations a =
+      streamed_activations(p.m(), p.k(), scratch_of<char>(Slot::shared_a, streamed_bytes(p.m(), p.k())));
   // A row takes a nanosecond or so per element; less than 64 Ki of them are not worth waking threads for.
-  const int preparing = p.m() * k_padded < 64 << 10 ? 1 : p.threads;
-  parallel_for(preparing, p.m(), [&](int64_t i) {
-    float* plain = scratch_of<float>(Slot::own_a, k_padded);
-    s.exponents[i] = normalised_row(*isa.rows, p, i, true, kTopF32, k_padded, plain);
-    isa.stream->permute(plain, k_padded, a + i * k_padded);
-  });
-  const int64_t rows = task_rows(isa, p, s.scale_in_a);
+  parallel_for(p.m() * a.k_padded < 64 << 10 ? 1 : p.threads, p.m(),
+               [&](int64_t i) { stream_activations(isa, p, i, a, i); });
+  const int64_t rows = streamed_task_rows(p.n(), p.threads);
   parallel_for(p.threads, ceil_div(p.n(), rows), [&](int64_t task) {
-    static thread_local ScaledActivations own;
-    const int64_t j0 = task * rows;
-    rescale(s, call, s.scale_in_a ? j0 / p.sb.block_rows : 0, own);
-    run_task(s, own, j0, std::min(rows, p.n() - j0));
+    const int64_t j0 = task * rows, cols = std::min(rows, p.n() - j0);
+    float* sums = scratch_of<float>(Slot::own_b, p.m() * cols);
+    streamed_block(isa, p, a, j0, cols, p.b.at(j0 + rows, 0), sums, cols);
+    for (int64_t i = 0; i < p.m(); ++i) write_row(*isa.rows, p, i, j0, cols, sums + i * cols);
   });
 }
 

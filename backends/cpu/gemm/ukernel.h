@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "moekern/dtype.h"
+#include "moekern/gating.h"
 
 namespace moekern::cpu {
 
@@ -37,7 +38,7 @@ struct RowOps {
   // dst[i] = x[i] * scale[i / block], `finite` if all scales are; past_caches as in CastPanel.
   void (*dequantize)(Dtype from, Dtype to, const uint8_t* x, const float* scale, int64_t block, bool finite, int64_t n,
                      char* dst, bool past_caches);
-  void (*silu_mul)(const float* gate, const float* up, int64_t n, float* dst);
+  void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
 };
 
 // c[i, :] += row_scale[i] * scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows; kc is a multiple of
@@ -51,19 +52,20 @@ using TileFn = void (*)(int mr, int kc, const void* a, int64_t a_stride, const v
 // express (a NaN or an infinity). f32 panels hold value * 2^-(127 - bias), bf16 panels the value.
 using PackFn = bool (*)(Dtype, const uint8_t* const* rows, int kc, void* strip);
 
-// acc[r][i][0 .. 2 * lanes) (+)= the partial products of weight row r with activation row i over kc
-// elements. a: m rows of f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted
-// by `permute`. True as for PackFn. Weights are read once, in place, and nothing past kc is read;
-// `after` is where the caller means to go on, for prefetching only.
-using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, const uint8_t* after,
+// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc elements. a: m rows of
+// f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted by `permute`. True as for PackFn. Weights
+// are read once, in place, and nothing past kc is read; `ahead` bytes further on is what will be wanted next, for
+// prefetching only.
+using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead,
                           const float* a, int64_t a_stride, float* acc, bool first);
 
 struct Stream {
   int max_m;      // more activation rows than this are faster packed
   int pass_rows;  // activation rows that one pass of `run` takes at most
   StreamFn run;
-  void (*permute)(const float* src, int64_t n, float* dst);      // n is a multiple of 4 * lanes
-  void (*reduce)(const float* acc, int64_t count, float* sums);  // count pairs of vectors -> count sums
+  void (*permute)(const float* src, int64_t n, float* dst);  // n is a multiple of 4 * lanes; reads to n + lanes
+  // sums[i * ld + r] = the lanes of acc[r][i], added up.
+  void (*reduce)(const float* acc, int m, int rows, float* sums, int64_t ld);
 };
 
 struct GemmIsa {

@@ -48,7 +48,7 @@ struct GatedInput {
     float* up = gate + p.cols;
     load_row(rows, x, p.i0, p.j0, p.cols, gate);
     load_row(rows, x, p.i0, x.cols / 2 + p.j0, p.cols, up);
-    rows.silu_mul(gate, up, p.cols, gate);
+    rows.gated(Gating{}, gate, up, p.cols, gate);
     const auto* data = reinterpret_cast<const char*>(gate);
     return {Dtype::f32, data, 0, data};
   }

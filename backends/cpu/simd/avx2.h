@@ -19,6 +19,12 @@ using I32 = __m256i;
 inline F32 zero() { return _mm256_setzero_ps(); }
 inline F32 set1(float x) { return _mm256_set1_ps(x); }
 inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
+// Read once and kept: compilers repeat a load as a memory operand of every use, and load ports are scarce.
+inline F32 load_once(const float* p) {
+  F32 x = load(p);
+  asm("" : "+x"(x));
+  return x;
+}
 inline void store(float* p, F32 x) { _mm256_storeu_ps(p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
@@ -39,8 +45,10 @@ inline I32 bits(F32 x) { return _mm256_castps_si256(x); }
 inline F32 as_f32(I32 x) { return _mm256_castsi256_ps(x); }
 inline I32 bit_and(I32 a, I32 b) { return _mm256_and_si256(a, b); }
 inline I32 bit_or(I32 a, I32 b) { return _mm256_or_si256(a, b); }
+inline I32 bit_xor(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
 inline I32 add_i32(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 max_i32(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline I32 min_i32(I32 a, I32 b) { return _mm256_min_epi32(a, b); }
 template <int S> inline I32 shl32(I32 x) { return _mm256_slli_epi32(x, S); }
 template <int S> inline I32 shr32(I32 x) { return _mm256_srli_epi32(x, S); }
 template <int S> inline I32 sra32(I32 x) { return _mm256_srai_epi32(x, S); }
@@ -65,6 +73,13 @@ inline I32 load_u8_i16(const uint8_t* p) {
 }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm256_blendv_epi8(otherwise, then, bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b))));
+}
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) {
+  return _mm256_blendv_epi8(otherwise, then, _mm256_cmpeq_epi32(a, b));
 }
 
 inline F32 load_bf16(const uint16_t* p) {

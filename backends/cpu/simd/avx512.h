@@ -15,6 +15,14 @@ using I32 = __m512i;
 inline F32 zero() { return _mm512_setzero_ps(); }
 inline F32 set1(float x) { return _mm512_set1_ps(x); }
 inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
+// Read once and kept: compilers repeat a load as a memory operand of every use, and load ports are scarce.
+inline F32 load_once(const float* p) {
+  F32 x = load(p);
+#if !defined(MOEKERN_EMULATE_ISA)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 inline void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
@@ -34,8 +42,10 @@ inline I32 bits(F32 x) { return _mm512_castps_si512(x); }
 inline F32 as_f32(I32 x) { return _mm512_castsi512_ps(x); }
 inline I32 bit_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }
 inline I32 bit_or(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+inline I32 bit_xor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 inline I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 max_i32(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+inline I32 min_i32(I32 a, I32 b) { return _mm512_min_epi32(a, b); }
 template <int S> inline I32 shl32(I32 x) { return _mm512_slli_epi32(x, S); }
 template <int S> inline I32 shr32(I32 x) { return _mm512_srli_epi32(x, S); }
 template <int S> inline I32 sra32(I32 x) { return _mm512_srai_epi32(x, S); }
@@ -60,6 +70,11 @@ inline I32 load_u8_i16(const uint8_t* p) {
 }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), otherwise, then);
+}
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) {
+  return _mm512_mask_blend_epi32(_mm512_cmpeq_epi32_mask(a, b), otherwise, then);
 }
 
 inline F32 load_bf16(const uint16_t* p) {

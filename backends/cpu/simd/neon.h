@@ -18,6 +18,7 @@ inline F32 as_f32(I32 x) { return vreinterpretq_f32_u32(x); }
 inline F32 zero() { return vdupq_n_f32(0.f); }
 inline F32 set1(float x) { return vdupq_n_f32(x); }
 inline F32 load(const float* p) { return vld1q_f32(p); }
+inline F32 load_once(const float* p) { return load(p); }
 inline void store(float* p, F32 x) { vst1q_f32(p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
@@ -39,9 +40,13 @@ inline void store_i32(void* p, I32 x) { vst1q_u8(static_cast<uint8_t*>(p), vrein
 inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
 inline I32 bit_and(I32 a, I32 b) { return vandq_u32(a, b); }
 inline I32 bit_or(I32 a, I32 b) { return vorrq_u32(a, b); }
+inline I32 bit_xor(I32 a, I32 b) { return veorq_u32(a, b); }
 inline I32 add_i32(I32 a, I32 b) { return vaddq_u32(a, b); }
 inline I32 max_i32(I32 a, I32 b) {
   return vreinterpretq_u32_s32(vmaxq_s32(vreinterpretq_s32_u32(a), vreinterpretq_s32_u32(b)));
+}
+inline I32 min_i32(I32 a, I32 b) {
+  return vreinterpretq_u32_s32(vminq_s32(vreinterpretq_s32_u32(a), vreinterpretq_s32_u32(b)));
 }
 template <int S> inline I32 shl32(I32 x) { return vshlq_n_u32(x, S); }
 template <int S> inline I32 shr32(I32 x) { return vshrq_n_u32(x, S); }
@@ -74,6 +79,12 @@ inline I32 load_u8(const uint8_t* p) {
 // 2W bytes, each in the low 8 bits of a 16-bit word.
 inline I32 load_u8_i16(const uint8_t* p) { return from_words(vmovl_u8(vld1_u8(p))); }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return vbslq_u32(vceqq_f32(x, x), otherwise, then); }
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) {
+  const uint32_t lane_bits[] = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(vceqq_u32(a, b), vld1q_u32(lane_bits)));
+}
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) { return vbslq_u32(vceqq_u32(a, b), then, otherwise); }
 
 inline F32 load_bf16(const uint16_t* p) { return as_f32(vshll_n_u16(vld1_u16(p), 16)); }
 inline F32 load_f16(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }

@@ -21,6 +21,7 @@ inline F32 as_f32(I32 x) { return bits_float(x); }
 inline F32 zero() { return 0.f; }
 inline F32 set1(float x) { return x; }
 inline F32 load(const float* p) { return *p; }
+inline F32 load_once(const float* p) { return load(p); }
 inline void store(float* p, F32 x) { *p = x; }
 inline F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }
 inline F32 mul(F32 a, F32 b) { return a * b; }
@@ -42,8 +43,10 @@ inline void store_i32(void* p, I32 x) { std::memcpy(p, &x, 4); }
 inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
 inline I32 bit_and(I32 a, I32 b) { return a & b; }
 inline I32 bit_or(I32 a, I32 b) { return a | b; }
+inline I32 bit_xor(I32 a, I32 b) { return a ^ b; }
 inline I32 add_i32(I32 a, I32 b) { return a + b; }
 inline I32 max_i32(I32 a, I32 b) { return static_cast<int32_t>(a) > static_cast<int32_t>(b) ? a : b; }
+inline I32 min_i32(I32 a, I32 b) { return static_cast<int32_t>(a) < static_cast<int32_t>(b) ? a : b; }
 template <int S> inline I32 shl32(I32 x) { return x << S; }
 template <int S> inline I32 shr32(I32 x) { return x >> S; }
 template <int S> inline I32 sra32(I32 x) { return static_cast<I32>(static_cast<int32_t>(x) >> S); }
@@ -97,6 +100,9 @@ inline I32 load_u8(const uint8_t* p) { return *p; }
 // 2W bytes, each in the low 8 bits of a 16-bit word.
 inline I32 load_u8_i16(const uint8_t* p) { return p[0] | static_cast<I32>(p[1]) << 16; }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return x != x ? then : otherwise; }
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) { return a == b; }
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) { return a == b ? then : otherwise; }
 
 template <class Max> inline I32 reduce_rows(const I32* rows, Max) { return rows[0]; }
 

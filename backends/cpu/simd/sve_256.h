@@ -20,6 +20,7 @@ inline F32 as_f32(I32 x) { return svreinterpret_f32_u32(x); }
 inline F32 zero() { return svdup_n_f32(0.f); }
 inline F32 set1(float x) { return svdup_n_f32(x); }
 inline F32 load(const float* p) { return svld1_f32(all(), p); }
+inline F32 load_once(const float* p) { return load(p); }
 inline void store(float* p, F32 x) { svst1_f32(all(), p, x); }
 inline F32 fma(F32 a, F32 b, F32 c) { return svmla_f32_x(all(), c, a, b); }
 inline F32 mul(F32 a, F32 b) { return svmul_f32_x(all(), a, b); }
@@ -40,9 +41,13 @@ inline void store_i32(void* p, I32 x) { svst1_u8(all(), static_cast<uint8_t*>(p)
 inline void store_past_caches(void* p, I32 x) { store_i32(p, x); }
 inline I32 bit_and(I32 a, I32 b) { return svand_u32_x(all(), a, b); }
 inline I32 bit_or(I32 a, I32 b) { return svorr_u32_x(all(), a, b); }
+inline I32 bit_xor(I32 a, I32 b) { return sveor_u32_x(all(), a, b); }
 inline I32 add_i32(I32 a, I32 b) { return svadd_u32_x(all(), a, b); }
 inline I32 max_i32(I32 a, I32 b) {
   return svreinterpret_u32_s32(svmax_s32_x(all(), svreinterpret_s32_u32(a), svreinterpret_s32_u32(b)));
+}
+inline I32 min_i32(I32 a, I32 b) {
+  return svreinterpret_u32_s32(svmin_s32_x(all(), svreinterpret_s32_u32(a), svreinterpret_s32_u32(b)));
 }
 template <int S> inline I32 shl32(I32 x) { return svlsl_n_u32_x(all(), x, S); }
 template <int S> inline I32 shr32(I32 x) { return svlsr_n_u32_x(all(), x, S); }
@@ -77,6 +82,14 @@ inline I32 load_u8(const uint8_t* p) { return svld1ub_u32(all(), p); }
 // 2W bytes, each in the low 8 bits of a 16-bit word.
 inline I32 load_u8_i16(const uint8_t* p) { return from_words(svld1ub_u16(all(), p)); }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return svsel_u32(svcmpuo_f32(all(), x, x), then, otherwise); }
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) {
+  const I32 lane_bits = svlsl_u32_x(all(), svdup_n_u32(1), svindex_u32(0, 1));
+  return svorv_u32(svcmpeq_u32(all(), a, b), lane_bits);
+}
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) {
+  return svsel_u32(svcmpeq_u32(all(), a, b), then, otherwise);
+}
 
 // Loads that widen to 32 bits and stores that narrow do the conversions' shuffling; FCVT reads and
 // writes f16 in the low half of each lane.

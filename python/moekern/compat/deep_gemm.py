@@ -10,11 +10,13 @@ are always used as they are) are accepted and change nothing.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import moekern
+from moekern import GroupedLayout
 from moekern import op as _dispatcher
 from moekern.scaled import BLOCK, ScaledTensor
 
@@ -25,6 +27,7 @@ __all__ = [
     "fp8_gemm_nt",
     "fp8_gemm_tn",
     "fp8_gemm_tt",
+    "fp8_m_grouped_gemm_nt_masked",
     "gemm_fp8_fp8_bf16_nt",
     "get_col_major_tma_aligned_tensor",
     "get_k_alignment_for_contiguous_layout",
@@ -32,10 +35,18 @@ __all__ = [
     "get_mk_alignment_for_contiguous_layout",
     "get_mn_major_tma_aligned_tensor",
     "get_num_sms",
+    "get_theoretical_mk_alignment_for_contiguous_layout",
     "get_tma_aligned_size",
+    "k_grouped_fp8_gemm_tn_contiguous",
+    "m_grouped_fp8_gemm_nn_contiguous",
+    "m_grouped_fp8_gemm_nt_contiguous",
+    "m_grouped_fp8_gemm_nt_masked",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_contiguous",
+    "m_grouped_gemm_fp8_fp8_bf16_nt_masked",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "set_mk_alignment_for_contiguous_layout",
     "set_num_sms",
     "wgrad_gemm_fp8_fp8_fp32_nt",
 ]
@@ -68,10 +79,9 @@ def fp8_gemm_nt(
 
     Raises ValueError or TypeError naming the argument. See moekern.fp8_gemm_nt for the arithmetic.
     """
-    if d is None:
-        raise TypeError("fp8_gemm_nt: d is None; the caller allocates it")
-    block_a, block_b = _blocks(b[1], recipe, recipe_a, recipe_b)
-    moekern.fp8_gemm_nt(_operand("a", a, block_a), _operand("b", b, block_b), c, None, d)
+    _check_output("fp8_gemm_nt", d)
+    left, right = _operands("fp8_gemm_nt", a, b, recipe, recipe_a, recipe_b)
+    moekern.fp8_gemm_nt(left, right, c, None, d)
 
 
 def fp8_gemm_nn(
@@ -112,44 +122,186 @@ def _check_dtype(name: str, out: torch.Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: out has dtype {out.dtype}; it must be {dtype}")
 
 
+def _check_output(name: str, d: torch.Tensor | None) -> None:
+    if d is None:
+        raise TypeError(f"{name}: d is None; the caller allocates it")
+
+
 def _transposed(x: Scaled) -> Scaled:
-    return x[0].T, x[1].T
+    return x[0].mT, x[1].mT
+
+
+def _operands(
+    name: str, a: Scaled, b: Scaled, recipe: Recipe | None, recipe_a: HalfRecipe | None, recipe_b: HalfRecipe | None
+) -> tuple[ScaledTensor, ScaledTensor]:
+    block_a, block_b = _blocks(name, b[1], recipe, recipe_a, recipe_b)
+    return _operand(name, "a", a, block_a), _operand(name, "b", b, block_b)
 
 
 def _blocks(
-    sfb: torch.Tensor, recipe: Recipe | None, recipe_a: HalfRecipe | None, recipe_b: HalfRecipe | None
+    name: str, sfb: torch.Tensor, recipe: Recipe | None, recipe_a: HalfRecipe | None, recipe_b: HalfRecipe | None
 ) -> tuple[HalfRecipe, HalfRecipe]:
     if (recipe_a is None) != (recipe_b is None):
-        raise ValueError("fp8_gemm_nt: recipe_a and recipe_b go together; only one is given")
+        raise ValueError(f"{name}: recipe_a and recipe_b go together; only one is given")
     if recipe_a is not None and recipe_b is not None:
         if recipe is not None:
-            raise ValueError("fp8_gemm_nt: recipe and the pair recipe_a, recipe_b exclude each other; both are given")
-        return _block("recipe_a", recipe_a), _block("recipe_b", recipe_b)
+            raise ValueError(f"{name}: recipe and the pair recipe_a, recipe_b exclude each other; both are given")
+        return _block(name, "recipe_a", recipe_a), _block(name, "recipe_b", recipe_b)
     if recipe is None:
         recipe = (1, 1, BLOCK) if sfb.dtype == torch.int32 else (1, BLOCK, BLOCK)
     if tuple(recipe) not in ((1, BLOCK, BLOCK), (1, 1, BLOCK)):
-        raise ValueError(f"fp8_gemm_nt: recipe is {recipe}; it is (1, 128, 128) or (1, 1, 128)")
+        raise ValueError(f"{name}: recipe is {recipe}; it is (1, 128, 128) or (1, 1, 128)")
     return (recipe[0], recipe[2]), (recipe[1], recipe[2])
 
 
-def _block(name: str, recipe: HalfRecipe) -> HalfRecipe:
+def _block(name: str, which: str, recipe: HalfRecipe) -> HalfRecipe:
     if tuple(recipe) not in ((1, BLOCK), (BLOCK, BLOCK)):
-        raise ValueError(f"fp8_gemm_nt: {name} is {recipe}; it is (1, 128) or (128, 128)")
+        raise ValueError(f"{name}: {which} is {recipe}; it is (1, 128) or (128, 128)")
     return recipe
 
 
-def _operand(name: str, x: Scaled, block: HalfRecipe) -> ScaledTensor:
+def _operand(name: str, which: str, x: Scaled, block: HalfRecipe) -> ScaledTensor:
     data, scale = x
-    if scale.dtype == torch.int32 and data.dim() == 2:
-        blocks = ceil_div(data.shape[1], block[1])
-        if scale.shape != (packed := (ceil_div(data.shape[0], block[0]), ceil_div(blocks, 4))):
+    if scale.dtype == torch.int32 and data.dim() in (2, 3):
+        blocks = ceil_div(data.shape[-1], block[1])
+        packed = (*data.shape[:-2], ceil_div(data.shape[-2], block[0]), ceil_div(blocks, 4))
+        if scale.shape != packed:
             raise ValueError(
-                f"fp8_gemm_nt: the int32 scale of {name} has shape {list(scale.shape)}; "
+                f"{name}: the int32 scale of {which} has shape {list(scale.shape)}; "
                 f"four ue8m0 a word take {list(packed)}"
             )
         # A word is four neighbours along k, the first in the lowest byte; only a row-major copy shows them as such.
-        scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float8_e8m0fnu)[:, :blocks]
+        scale = scale.clone(memory_format=torch.contiguous_format).view(torch.float8_e8m0fnu)[..., :blocks]
     return ScaledTensor(data, scale, block)
+
+
+# ---- grouped GEMM ------------------------------------------------------------------------------------
+
+
+def m_grouped_fp8_gemm_nt_contiguous(
+    a: Scaled,
+    b: Scaled,
+    d: torch.Tensor,
+    grouped_layout: torch.Tensor,
+    recipe: Recipe | None = None,
+    recipe_a: HalfRecipe | None = None,
+    recipe_b: HalfRecipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+    use_psum_layout: bool = False,
+    ensure_zero_padding: bool = True,
+    expected_m_for_psum_layout: int | None = None,
+) -> None:
+    """D[i] = A[i] B[g]^T for the rows i of every group g. a: ([M, K], sfa), b: ([G, N, K], sfb), d: [M, N].
+
+    grouped_layout: int32 [M], the group of every row or -1; with use_psum_layout int32 [G], where group g's
+        rows end, the next group starting at a multiple of `get_mk_alignment_for_contiguous_layout()`.
+        Every label is read, so labels at a finer alignment are right, too; groups that are not
+        in one piece each, or out of order, are an error.
+    ensure_zero_padding: with use_psum_layout, rows of d that belong to no group become zero; they are left
+        alone otherwise.
+    expected_m_for_psum_layout: a hint, ignored.
+
+    See moekern.m_grouped_fp8_gemm_nt_contiguous and moekern.GroupedLayout.
+    """
+    name = "m_grouped_fp8_gemm_nt_contiguous"
+    _check_output(name, d)
+    left, right = _operands(name, a, b, recipe, recipe_a, recipe_b)
+    if use_psum_layout:
+        layout = GroupedLayout.from_ends(grouped_layout, _mk_alignment, rows=left.shape[0])
+    else:
+        layout = GroupedLayout.from_indices(grouped_layout, right.shape[0], alignment=1)
+    moekern.m_grouped_fp8_gemm_nt_contiguous(left, right, layout, d)
+    if use_psum_layout and ensure_zero_padding:
+        d[layout.indices() < 0] = 0
+
+
+def m_grouped_fp8_gemm_nn_contiguous(
+    a: Scaled, b: Scaled, d: torch.Tensor, grouped_layout: torch.Tensor, *options: Any, **named: Any
+) -> None:
+    """D[i] = A[i] B[g]: `m_grouped_fp8_gemm_nt_contiguous` with b ([G, K, N], sfb transposed with it)."""
+    m_grouped_fp8_gemm_nt_contiguous(a, _transposed(b), d, grouped_layout, *options, **named)
+
+
+def m_grouped_fp8_gemm_nt_masked(
+    a: Scaled,
+    b: Scaled,
+    d: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_m: int,
+    recipe: Recipe | None = None,
+    recipe_a: HalfRecipe | None = None,
+    recipe_b: HalfRecipe | None = None,
+    compiled_dims: str = "nk",
+    disable_ue8m0_cast: bool = False,
+) -> None:
+    """D[g, i] = A[g, i] B[g]^T for i < masked_m[g]. a: ([G, M, K], sfa), b: ([G, N, K], sfb), d: [G, M, N].
+
+    masked_m: int32 [G]. expected_m: a hint, ignored; any number of rows up to M is right.
+
+    See moekern.m_grouped_fp8_gemm_nt_masked.
+    """
+    name = "m_grouped_fp8_gemm_nt_masked"
+    _check_output(name, d)
+    left, right = _operands(name, a, b, recipe, recipe_a, recipe_b)
+    layout = GroupedLayout.from_masked(masked_m, left.shape[-2])
+    moekern.m_grouped_fp8_gemm_nt_masked(left, right, layout, d)
+
+
+def k_grouped_fp8_gemm_tn_contiguous(
+    a: Scaled,
+    b: Scaled,
+    d: torch.Tensor,
+    ks: Sequence[int],
+    ks_tensor: torch.Tensor,
+    c: torch.Tensor | None = None,
+    recipe: Recipe = (1, 1, BLOCK),
+    compiled_dims: str = "mn",
+    use_psum_layout: bool = False,
+) -> None:
+    """D[g] = C[g] + A[g]^T B[g] over the rows of group g. a: ([K, M], sfa), b: ([K, N], sfb), d and c: [G, M, N].
+
+    Scales are float32, one for 128 rows of a column, as `per_channel_cast_to_fp8` makes them.
+    ks: the rows of every group, multiples of 128.
+    ks_tensor: the same as a tensor, ignored; with use_psum_layout int32 [G], where group g's rows end, the
+        next group starting at a multiple of `get_mk_alignment_for_contiguous_layout()`.
+    c: to add to; it may be d itself.
+
+    See moekern.k_grouped_fp8_gemm_tn_contiguous.
+    """
+    name = "k_grouped_fp8_gemm_tn_contiguous"
+    _check_output(name, d)
+    if tuple(recipe) != (1, 1, BLOCK):
+        raise ValueError(f"{name}: recipe is {recipe}; it is (1, 1, 128)")
+    for which, x in (("a", a), ("b", b)):
+        if x[1].dtype == torch.int32:
+            raise TypeError(f"{name}: the scale of {which} has dtype torch.int32; it must be torch.float32")
+    rows = a[0].shape[0]
+    if use_psum_layout:
+        layout = GroupedLayout.from_ends(ks_tensor, _mk_alignment, rows=rows)
+    else:
+        layout = GroupedLayout.from_counts(list(ks), rows=rows)
+    left, right = (ScaledTensor(*x, (BLOCK, 1)) for x in (a, b))
+    moekern.k_grouped_fp8_gemm_tn_contiguous(left, right, layout, c, d)
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_contiguous(
+    lhs: Scaled, rhs: Scaled, out: torch.Tensor, m_indices: torch.Tensor
+) -> None:
+    """The 2025 name of `m_grouped_fp8_gemm_nt_contiguous` with a bfloat16 out and recipe (1, 128, 128)."""
+    _check_dtype("m_grouped_gemm_fp8_fp8_bf16_nt_contiguous", out, torch.bfloat16)
+    m_grouped_fp8_gemm_nt_contiguous(lhs, rhs, out, m_indices, recipe=(1, BLOCK, BLOCK))
+
+
+def m_grouped_gemm_fp8_fp8_bf16_nt_masked(
+    lhs: Scaled, rhs: Scaled, out: torch.Tensor, masked_m: torch.Tensor, expected_m: int
+) -> None:
+    """The 2025 name of `m_grouped_fp8_gemm_nt_masked` with a bfloat16 out and recipe (1, 128, 128)."""
+    _check_dtype("m_grouped_gemm_fp8_fp8_bf16_nt_masked", out, torch.bfloat16)
+    m_grouped_fp8_gemm_nt_masked(lhs, rhs, out, masked_m, expected_m, recipe=(1, BLOCK, BLOCK))
+
+
+fp8_m_grouped_gemm_nt_masked = m_grouped_fp8_gemm_nt_masked  # a name between the two
 
 
 # ---- casts -------------------------------------------------------------------------------------------
@@ -210,13 +362,35 @@ def get_mn_major_tma_aligned_tensor(sf: torch.Tensor) -> torch.Tensor:
 get_col_major_tma_aligned_tensor = get_mn_major_tma_aligned_tensor  # its 2025 name
 
 
+_mk_alignment = BLOCK
+
+
 def get_mk_alignment_for_contiguous_layout() -> int:
-    """The number of rows that a group's rows are padded to in contiguous grouped layouts."""
-    return BLOCK
+    """The multiple at which groups start in contiguous layouts: what callers pad to. 128 unless set."""
+    return _mk_alignment
+
+
+def set_mk_alignment_for_contiguous_layout(alignment: int) -> None:
+    """What `get_mk_alignment_for_contiguous_layout` returns from now on, and where groups of psum layouts start."""
+    global _mk_alignment
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"alignment is {alignment!r}; it is a positive integer")
+    _mk_alignment = alignment
+
+
+def get_theoretical_mk_alignment_for_contiguous_layout(
+    expected_m: int | None = None, num_groups: int | None = None
+) -> int:
+    """The least alignment that m-grouped kernels can do with: 1, none. The arguments are hints, ignored."""
+    return 1
 
 
 get_m_alignment_for_contiguous_layout = get_mk_alignment_for_contiguous_layout  # its 2025 name
-get_k_alignment_for_contiguous_layout = get_mk_alignment_for_contiguous_layout
+
+
+def get_k_alignment_for_contiguous_layout() -> int:
+    """The multiple at which groups start in k-grouped layouts: a block of scales."""
+    return BLOCK
 
 
 # ---- the rest ----------------------------------------------------------------------------------------

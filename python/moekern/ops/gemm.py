@@ -8,13 +8,9 @@ import torch
 
 from moekern import _C
 from moekern.op import op
-from moekern.scaled import ScaledTensor, as_scaled, as_tensor
+from moekern.scaled import ScaledTensor, as_operand, as_tensor
 
 Operand = Any  # ScaledTensor, (data, scale), or a float tensor
-
-
-def _operand(x: Operand, what: str) -> Operand:
-    return as_scaled(x, what) if isinstance(x, (ScaledTensor, tuple, list)) else as_tensor(x, what)
 
 
 def _prepare(
@@ -26,9 +22,9 @@ def _prepare(
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
     if type(a) is not ScaledTensor:
-        a = _operand(a, "fp8_gemm_nt: a")
+        a = as_operand(a, "fp8_gemm_nt: a")
     if type(b) is not ScaledTensor:
-        b = _operand(b, "fp8_gemm_nt: b")
+        b = as_operand(b, "fp8_gemm_nt: b")
     if c is not None:
         c = as_tensor(c, "fp8_gemm_nt: c")
     if bias is not None:
@@ -74,7 +70,7 @@ def fp8_gemm_nt(
 
 
 def _transposed(x: Operand, what: str) -> Operand:
-    x = _operand(x, what)
+    x = as_operand(x, what)
     if len(x.shape) != 2:
         raise ValueError(f"{what} has {len(x.shape)} dimensions; it must have 2")
     return x.T

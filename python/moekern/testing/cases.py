@@ -104,31 +104,31 @@ def place(x: torch.Tensor, layout: str = "rows") -> torch.Tensor:
         "expanded": (0, 1),
     }[layout]
     span = rows * strides[0] + cols * strides[1] + 1
-    buffer = _poisoned(2 * _GUARD + span, x.dtype)
+    buffer = poisoned(2 * _GUARD + span, x.dtype)
     view = buffer.as_strided((rows, cols), strides, _GUARD)
     if layout == "expanded":
-        view[:1].view(_storable(x.dtype)).copy_(x[:1].view(_storable(x.dtype)))
+        view[:1].view(storable(x.dtype)).copy_(x[:1].view(storable(x.dtype)))
     else:
-        view.view(_storable(x.dtype)).copy_(x.view(_storable(x.dtype)))
+        view.view(storable(x.dtype)).copy_(x.view(storable(x.dtype)))
     return view
 
 
 def only_written(view: torch.Tensor) -> bool:
     """Whether everything around a view that `place` made is still poison."""
     size = view.untyped_storage().nbytes() // view.element_size()
-    whole = view.as_strided((size,), (1,), 0).view(_storable(view.dtype)).clone()
-    poison = _poisoned(size, view.dtype)
+    whole = view.as_strided((size,), (1,), 0).view(storable(view.dtype)).clone()
+    poison = poisoned(size, view.dtype)
     whole.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(
         poison.as_strided(view.shape, view.stride(), view.storage_offset()).view(whole.dtype)
     )
     return torch.equal(whole.view(torch.uint8), poison.view(torch.uint8))
 
 
-def _storable(dtype: torch.dtype) -> torch.dtype:
+def storable(dtype: torch.dtype) -> torch.dtype:
     return torch.uint8 if dtype.itemsize == 1 else dtype
 
 
-def _poisoned(count: int, dtype: torch.dtype) -> torch.Tensor:
+def poisoned(count: int, dtype: torch.dtype) -> torch.Tensor:
     if dtype.itemsize > 1:
         return torch.full((count,), torch.nan, dtype=dtype)
     name = "ue8m0" if dtype == torch.float8_e8m0fnu else next(f for f, d in DTYPES.items() if d == dtype)
@@ -243,7 +243,7 @@ def scale_grid(
     return code.clamp(0, 255).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def _whole(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
+def whole_block(block: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int]:
     return (block[0] or max(shape[0], 1), block[1] or max(shape[1], 1))
 
 
@@ -257,7 +257,7 @@ def _scaled(
     layout: str,
     layout_scale: str,
 ) -> ScaledTensor:
-    block = _whole(block, shape)
+    block = whole_block(block, shape)
     grid = scale_grid(g, shape, block, scale, values)
     return ScaledTensor(place(fp8_data(g, shape, format, values), layout), place(grid, layout_scale), block)
 

@@ -11,7 +11,7 @@ import moekern
 from moekern import ops
 from moekern.op import Kernel, Op
 from moekern.scaled import FORMATS, ScaledTensor
-from moekern.testing import cases
+from moekern.testing import cases, expert_cases, grouped_cases
 
 
 def main() -> int:
@@ -21,7 +21,7 @@ def main() -> int:
         for kernel in op.kernels:
             state, why = _check(op, kernel)
             counts[state] += 1
-            print(f"{state:<7} {op.name:<24} {kernel.name}{': ' + why if why else ''}")
+            print(f"{state:<7} {op.name:<32} {kernel.name}{': ' + why if why else ''}")
     print(f"{counts['ok']} passed, {counts['FAILED']} failed, {counts['absent']} cannot run here")
     return 1 if counts["FAILED"] or not counts["ok"] else 0
 
@@ -56,9 +56,9 @@ def _differing_bytes(got: torch.Tensor, expected: torch.Tensor) -> str | None:
     wrong = (got.view(torch.uint8) != expected.contiguous().view(torch.uint8)).view(*got.shape, -1).any(-1)
     if not wrong.any():
         return None
-    row, col = wrong.nonzero()[0].tolist()
+    at = tuple(wrong.nonzero()[0].tolist())
     count = f"{int(wrong.sum())} of {wrong.numel()} elements differ"
-    return f"{count}; [{row}, {col}] is {got[row, col]}, not {expected[row, col]}"
+    return f"{count}; {list(at)} is {got[at]}, not {expected[at]}"
 
 
 def _gemm() -> Iterator[tuple[Any, ...]]:
@@ -68,6 +68,26 @@ def _gemm() -> Iterator[tuple[Any, ...]]:
             case = cases.Gemm(m, 161, 300, a=a, bias="f32", c="f32", values="integers")
             operands = cases.gemm_operands(case)
             yield operands.a, operands.b, operands.c, operands.bias
+
+
+def _m_grouped(capacity: int | None) -> Callable[[], Iterator[tuple[Any, ...]]]:
+    """Groups of few rows, of many and of none; weights in one tensor and in many; rows of no group."""
+
+    def problems() -> Iterator[tuple[Any, ...]]:
+        for a in ("bf16", "e4m3fn"):
+            for separate in (False, True):
+                case = grouped_cases.MGrouped(
+                    (2, 0, 19, 7), 161, 300, a=a, capacity=capacity, alignment=16, separate=separate, values="integers"
+                )
+                yield grouped_cases.m_grouped_operands(case)
+
+    return problems
+
+
+def _k_grouped() -> Iterator[tuple[Any, ...]]:
+    for a in ("f32", "bf16", "e4m3fn"):
+        case = grouped_cases.KGrouped((128, 0, 70), 33, 65, a=a, c="f32", values="integers")
+        yield grouped_cases.k_grouped_operands(case)[:4]
 
 
 def _cast(op: str) -> Callable[[], Iterator[tuple[Any, ...]]]:
@@ -93,11 +113,23 @@ def _dequantize() -> Iterator[tuple[Any, ...]]:
         yield (cases.dequantize_input(cases.Dequantize(19, 141, format)),)
 
 
+def _experts() -> Iterator[tuple[Any, ...]]:
+    """One or two kinds of activations for every kernel, gate and up in every form; ragged in every direction."""
+    for x in ("bf16", "e4m3fn"):
+        for form in expert_cases.FORMS:
+            case = expert_cases.Experts(19, 300, 200, 5, 2, x=x, form=form, routing="skips", values="integers")
+            yield expert_cases.operands(case).arguments
+
+
 _PROBLEMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "fp8_gemm_nt": _gemm,
+    "m_grouped_fp8_gemm_nt_contiguous": _m_grouped(None),
+    "m_grouped_fp8_gemm_nt_masked": _m_grouped(20),
+    "k_grouped_fp8_gemm_tn_contiguous": _k_grouped,
     "per_token_cast_to_fp8": _cast("per_token_cast_to_fp8"),
     "per_block_cast_to_fp8": _cast("per_block_cast_to_fp8"),
     "per_channel_cast_to_fp8": _cast("per_channel_cast_to_fp8"),
     "silu_mul_cast_to_fp8": _silu_mul,
     "dequantize": _dequantize,
+    "fused_experts": _experts,
 }

@@ -1,0 +1,214 @@
+// fused_experts, and the table of a layer's experts that it takes.
+#include <memory>
+
+#include "bindings/tensors.h"
+
+namespace moekern {
+namespace {
+
+constexpr const char* kTable = "ExpertWeights";
+constexpr const char* kExperts = "fused_experts";
+
+// Views of the weights of a layer, checked once. Python's ExpertWeights keeps what they point at.
+struct ExpertTable {
+  std::vector<Expert> experts;
+  int device = 0;
+};
+
+bool alike(const Projection& a, const Projection& b) {
+  return a.weight.dtype == b.weight.dtype && a.scale.values.dtype == b.scale.values.dtype &&
+         a.scale.block_rows == b.scale.block_rows && a.scale.block_cols == b.scale.block_cols;
+}
+
+// Rows [first, first + count) of each matrix of `weights`, whose name is for errors. What is alike for all
+// experts a kernel looks at once.
+void add_projections(ExpertTable& table, Projection Expert::* which, const std::string& name, const py::list& weights,
+                     const py::object& biases, int64_t first, int64_t count, int64_t inputs) {
+  for (size_t e = 0; e < table.experts.size(); ++e) {
+    const std::string item = text(name, "[", e, "]");
+    const Scaled s = scaled(kTable, item.c_str(), weights[e]);
+    check(s.device == table.device, kTable, ": ", item, " is on another device than the first expert");
+    Projection& w = table.experts[e].*which;
+    w = {s.data, s.grid, {}, first, count};
+    if (!biases.is_none()) w.bias = matrix(kTable, (item + ".bias").c_str(), py::list(biases)[e], table.device, 1);
+    check_projection(kTable, item.c_str(), w, count, inputs);
+    check(alike(w, table.experts[0].*which), kTable, ": ", item, " is ", name_of(w.weight.dtype), " in blocks of (",
+          w.scale.block_rows, ", ", w.scale.block_cols, ") with scales in ", name_of(w.scale.values.dtype),
+          "; all experts must be as the first");
+  }
+}
+
+std::unique_ptr<ExpertTable> make_table(const std::tuple<std::string, std::string, std::string>& names, py::list gate,
+                                        py::list up, py::list down, py::object gate_bias, py::object up_bias,
+                                        py::object down_bias, int64_t up_first, int64_t intermediate, int64_t hidden) {
+  auto table = std::make_unique<ExpertTable>();
+  table->experts.resize(gate.size());
+  table->device = scaled(kTable, std::get<0>(names).c_str(), gate[0]).device;
+  add_projections(*table, &Expert::gate, std::get<0>(names), gate, gate_bias, 0, intermediate, hidden);
+  add_projections(*table, &Expert::up, std::get<1>(names), up, up_bias, up_first, intermediate, hidden);
+  add_projections(*table, &Expert::down, std::get<2>(names), down, down_bias, 0, hidden, intermediate);
+  for (const Expert& e : table->experts)
+    check(alike(e.gate, e.up), kTable, ": ", std::get<1>(names),
+          " must have the format, block and scale dtype of gate");
+  return table;
+}
+
+const ExpertTable& table_of(py::handle experts) {
+  static const py::object kAttribute = interned("table");
+  return experts.attr(kAttribute).cast<const ExpertTable&>();
+}
+
+// The spec's parameters, in order.
+enum Argument {
+  kX,
+  kWeightsOfExperts,
+  kIds,
+  kWeights,
+  kActivation,
+  kAlpha,
+  kBeta,
+  kLimit,
+  kQuantize,
+  kOnInput,
+  kMap,
+  kShared,
+  kReduce,
+  kOut,
+  kOutDtype,
+  kWorkspace,
+  kArguments
+};
+
+Activation activation_named(const std::string& name) {
+  return name == "gelu" ? Activation::gelu : name == "gelu_tanh" ? Activation::gelu_tanh : Activation::swiglu;
+}
+
+// All but `out`. Kernels get arguments that `prepare_experts` has checked.
+ExpertsProblem problem_of(const py::tuple& call, int* device) {
+  check(call.size() == kArguments, kExperts, ": ", call.size(), " arguments");
+  const ExpertTable& table = table_of(call[kWeightsOfExperts]);
+  *device = table.device;
+  ExpertsProblem p;
+  p.experts = table.experts.data();
+  p.num_experts = static_cast<int64_t>(table.experts.size());
+  if (is_scaled(call[kX])) {
+    const Scaled s = scaled(kExperts, "x", call[kX]);
+    check(s.device == table.device, kExperts, ": x is on another device than the experts");
+    p.x = s.data;
+    p.sx = s.grid;
+  } else {
+    p.x = matrix(kExperts, "x", call[kX], table.device);
+  }
+  if (!call[kShared].is_none()) {
+    const ExpertTable& shared = table_of(call[kShared]);
+    check(shared.device == table.device, kExperts, ": shared is on another device than the experts");
+    p.shared = shared.experts.data();
+    p.num_shared = static_cast<int64_t>(shared.experts.size());
+  }
+  p.ids = matrix(kExperts, "ids", call[kIds], table.device);
+  p.weights = optional_matrix(kExperts, "weights", call[kWeights], table.device);
+  p.gating.activation = activation_named(call[kActivation].cast<std::string>());
+  p.gating.alpha = call[kAlpha].cast<float>();
+  p.gating.beta = call[kBeta].cast<float>();
+  if (!call[kLimit].is_none()) p.gating.limit = call[kLimit].cast<float>();
+  p.quantize = call[kQuantize].cast<bool>();
+  p.weight_on_input = call[kOnInput].cast<bool>();
+  p.reduce = call[kReduce].cast<bool>();
+  p.workspace = optional_matrix(kExperts, "workspace", call[kWorkspace], table.device, 1);
+  return p;
+}
+
+ExpertsProblem problem_with_output(const py::tuple& call) {
+  int device;
+  ExpertsProblem p = problem_of(call, &device);
+  p.out = matrix(kExperts, "out", call[kOut], device);
+  return p;
+}
+
+// ids of all experts as ids of these: map[id], -1 where that expert lives elsewhere.
+py::object mapped_ids(const ExpertsProblem& p, py::object ids, py::handle map, int device) {
+  const Matrix m = matrix(kExperts, "expert_map", map, device, 1);
+  check<TypeError>(is_index(m.dtype), kExperts, ": expert_map has dtype ", name_of(m.dtype), "; it is i32 or i64");
+  check_ids(kExperts, "expert_map", m, p.num_experts);
+  check_ids(kExperts, "ids", p.ids, m.cols);
+  py::object local = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
+  const Matrix out = matrix(kExperts, "ids", local, device);
+  for (int64_t i = 0; i < out.rows; ++i)
+    for (int64_t j = 0; j < out.cols; ++j) {
+      const int64_t id = index_at(p.ids, i, j);
+      *reinterpret_cast<int32_t*>(out.at(i, j)) = id < 0 ? -1 : static_cast<int32_t>(index_at(m, 0, id));
+    }
+  return local;
+}
+
+py::tuple prepare_experts(py::args arguments) {
+  py::list call(arguments);
+  int device;
+  ExpertsProblem p = problem_of(py::tuple(arguments), &device);
+  if (!is_scaled(call[kX])) check_plain(kExperts, "x", call[kX]);
+  check_plain(kExperts, "weights", call[kWeights]);
+  check_experts(kExperts, p);
+  if ((device & 0xffff) == dlpack::kCpu) {  // what lies elsewhere, its kernels check and map
+    if (call[kMap].is_none()) {
+      check_ids(kExperts, "ids", p.ids, p.num_experts);
+    } else {
+      call[kIds] = mapped_ids(p, call[kIds], call[kMap], device);
+      call[kMap] = py::none();
+    }
+  }
+  const Dtype natural = is_fp8(p.x.dtype) ? Dtype::bf16 : p.x.dtype;
+  const bool fresh = call[kOut].is_none();
+  if (fresh)
+    call[kOut] = allocate(is_scaled(call[kX]) ? py::object(call[kX].attr("data")) : py::object(call[kX]), device,
+                          {p.tokens() * (p.reduce ? 1 : p.top_k()), p.hidden()},
+                          dtype_argument(kExperts, call[kOutDtype], natural));
+  p.out = matrix(kExperts, "out", call[kOut], device);
+  check_plain(kExperts, "out", call[kOut]);
+  check_experts_output(kExperts, p);
+  const Dtype wanted = dtype_argument(kExperts, call[kOutDtype], p.out.dtype);
+  check<TypeError>(wanted == p.out.dtype, kExperts, ": out has dtype ", name_of(p.out.dtype), " but out_dtype is ",
+                   name_of(wanted));
+  call[kOutDtype] = py::none();
+  return py::tuple(call);
+}
+
+void run_experts(const ExpertsKernel& kernel, const py::tuple& call) {
+  ExpertsProblem p = problem_with_output(call);
+  if (p.out.rows == 0 || p.out.cols == 0) return;
+  if (p.workspace) {
+    const int64_t bytes = kernel.workspace_bytes(p);
+    check(p.workspace.cols >= bytes, kExperts, ": workspace has ", p.workspace.cols, " bytes; ", kernel.name, " needs ",
+          bytes);
+  }
+  const auto weights = [&](const Expert& e) { return 3 * e.gate.count * p.hidden(); };
+  const int64_t slots = p.tokens() * p.top_k(), hit = std::min(slots, p.num_experts);
+  int64_t work = hit * weights(p.experts[0]) * (1 + slots / std::max<int64_t>(4 * hit, 1));
+  if (p.num_shared) work += p.num_shared * weights(p.shared[0]) * (1 + p.tokens() / 4);
+  p.threads = threads_for(work);
+  py::gil_scoped_release release;
+  kernel.run(p);
+}
+
+}  // namespace
+
+// [(name, needs, run, refuses, workspace)]
+py::list experts_rows(const Backend& backend) {
+  py::list rows;
+  for (const ExpertsKernel& k : backend.experts) {
+    rows.append(py::make_tuple(
+        k.name, names_of(k.needs, backend.features), py::cpp_function([&k](py::args call) { run_experts(k, call); }),
+        py::cpp_function([&k](py::args call) -> py::object {
+          const char* reason = k.refuses(problem_with_output(call));
+          return reason ? py::object(py::str(reason)) : py::object(py::none());
+        }),
+        py::cpp_function([&k](py::args call) { return k.workspace_bytes(problem_with_output(call)); })));
+  }
+  return rows;
+}
+
+void bind_experts(py::module_& m) {
+  py::class_<ExpertTable>(m, "ExpertTable").def(py::init(&make_table));
+  m.def("prepare_experts", &prepare_experts);
+}
+
+}  // namespace moekern
