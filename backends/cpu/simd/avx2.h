@@ -122,6 +122,14 @@ inline I32 reduce_rows(const I32* rows, Max max) {
   return max(_mm256_permute2x128_si256(lower, upper, 0x20), _mm256_permute2x128_si256(lower, upper, 0x31));
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+
 // x0 + x4, x1 + x5, ... pairwise: the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -119,6 +119,15 @@ inline I32 reduce_rows(const I32* rows, Max max) {
   return join(join(four[0], four[1]), join(four[2], four[3]));
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) {
+  const __m256i h = _mm256_max_epi32(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
+}
+
 inline __m256 upper(F32 x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)); }
 // Halves, then halves again: the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) {

@@ -117,6 +117,9 @@ inline I32 reduce_rows(const I32* rows, Max max) {
   return merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) { return static_cast<uint32_t>(vmaxvq_s32(vreinterpretq_s32_u32(x))); }
+
 // (x0 + x1) + (x2 + x3): the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) { return vaddvq_f32(x); }
 

@@ -126,6 +126,8 @@ inline I32 in_order_i16(I32 x) { return x; }
 inline I32 round_i32(F32 x) { return bits(x + 0x1.8p23f) - bits(0x1.8p23f); }
 template <int S> inline I32 fold_halves(I32 x) { return (x << 8) + (x >> 16 << S); }
 
+inline uint32_t reduce_max_i32(I32 x) { return x; }
+
 inline float reduce_add(F32 x) { return x; }
 inline void transpose_dwords(const uint8_t* const* rows, int64_t offset, I32* out) {
   out[0] = load_bytes(rows[0] + offset);

@@ -127,6 +127,9 @@ inline I32 reduce_rows(const I32* rows, Max max) {
   return merge(even, odd);
 }
 
+// The largest lane, as a signed integer.
+inline uint32_t reduce_max_i32(I32 x) { return static_cast<uint32_t>(svmaxv_s32(all(), svreinterpret_s32_u32(x))); }
+
 // FADDV adds pairwise, in halves: the same tree for every caller, so a sum has one value.
 inline float reduce_add(F32 x) { return svaddv_f32(all(), x); }
 
