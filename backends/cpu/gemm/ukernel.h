@@ -35,6 +35,9 @@ struct RowOps {
   void (*scale)(const float* x, float s, int64_t n, float* dst);
   // From f32, f16 or bf16: scale = max(amax, 1e-4) / max, q = rne(clamp(x * (1 / scale), +-max)).
   void (*cast_panel)(Dtype from, Dtype to, const CastPanel&);
+  // dst[i] = x[i] * scale[i / block], `finite` if all scales are; past_caches as in CastPanel.
+  void (*dequantize)(Dtype from, Dtype to, const uint8_t* x, const float* scale, int64_t block, bool finite, int64_t n,
+                     char* dst, bool past_caches);
   void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
 };
 
