@@ -68,7 +68,8 @@ __attribute__((noinline)) void stream_group(int64_t kc, const uint8_t* w, int64_
   int64_t k = 0;
   for (; k + kBody <= whole; k += kBody) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + (k + ahead), 0, 2);
+    for (int r = 0; r < R; ++r)
+      if (kBody >= 64 || k % 64 == 0) __builtin_prefetch(row[r] + (k + ahead), 0, 2);
 #pragma GCC unroll 4
     for (int step = 0; step < kBody; step += kStep) stream_step<F, M, R>(row, k + step, a, a_stride, acc, special);
   }
