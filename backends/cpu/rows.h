@@ -3,6 +3,7 @@
 #include "cpu/elements.h"
 #include "cpu/gemm/decode.h"
 #include "cpu/gemm/ukernel.h"
+#include "cpu/quant/from_fp8.h"
 #include "cpu/quant/to_fp8.h"
 #include "moekern/float_formats.h"
 
@@ -161,7 +162,7 @@ void row_gated(const Gating& f, const float* gate, const float* up, int64_t n, f
   }
 }
 
-constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_gated};
+constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_dequantize, row_gated};
 
 }  // namespace
 }  // namespace moekern::cpu

@@ -54,12 +54,18 @@ struct GatedInput {
   }
 };
 
-// Whether codes bypass the caches: a store that does not saves reading the line it writes to. Less than this
-// may still be in a cache when the next op wants it.
-bool past_caches(const Matrix& q) {
+// Whether an output bypasses the caches: a store that does not saves reading the line it writes to. Less than
+// this may still be in a cache when the next op wants it.
+bool past_caches(const Matrix& out) {
   constexpr int64_t kBytes = 4 << 20;
-  const bool aligned = (reinterpret_cast<uintptr_t>(q.data) | static_cast<uintptr_t>(q.row_stride)) % 64 == 0;
-  return aligned && q.rows * q.cols >= kBytes;
+  const int64_t stride = out.row_stride * size_of(out.dtype);
+  const bool aligned = (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(stride)) % 64 == 0;
+  return aligned && out.rows * out.cols * size_of(out.dtype) >= kBytes;
+}
+
+// Before another thread may see what was written so.
+void settle(bool past_caches) {
+  if (past_caches) __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 template <class Input>
@@ -96,7 +102,7 @@ void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
       c.past_caches = past;
       rows.cast_panel(source.dtype, p.q.dtype, c);
     }
-    if (past) __atomic_thread_fence(__ATOMIC_SEQ_CST);  // before another thread may see the codes
+    settle(past);
   });
 }
 
@@ -108,14 +114,30 @@ void silu_mul_cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast(rows,
 
 void dequantize(const RowOps& rows, const CastProblem& p) {
   constexpr int64_t kRowsPerTask = 16;
+  const int64_t cols = p.q.cols, block = std::min(p.scale.block_cols, cols), blocks = ceil_div(cols, block);
+  const bool past = past_caches(p.x);
   parallel_for(p.threads, ceil_div(p.q.rows, kRowsPerTask), [&](int64_t task) {
-    float* values = scratch_of<float>(Slot::row, p.q.cols);
+    float* scales = scratch_of<float>(Slot::row, blocks);
+    auto* codes = scratch_of<uint8_t>(Slot::own_b, cols);
+    int64_t scales_row = -1;
+    bool finite = true;
     for (int64_t i = task * kRowsPerTask; i < std::min((task + 1) * kRowsPerTask, p.q.rows); ++i) {
-      load_row(rows, p.q, i, 0, p.q.cols, values);
-      for (int64_t j = 0; j < p.q.cols; j += p.scale.block_cols)
-        rows.scale(values + j, scale_of(p.scale, i, j), std::min(p.scale.block_cols, p.q.cols - j), values + j);
-      rows.store(p.x.dtype, values, p.q.cols, p.x.at(i, 0));
+      if (i / p.scale.block_rows != scales_row) {
+        scales_row = i / p.scale.block_rows;
+        finite = true;
+        for (int64_t b = 0; b < blocks; ++b) {
+          scales[b] = scale_of(p.scale, i, b * block);
+          finite &= scales[b] - scales[b] == 0.f;
+        }
+      }
+      const auto* x = reinterpret_cast<const uint8_t*>(p.q.at(i, 0));
+      if (p.q.col_stride != 1) {
+        for (int64_t j = 0; j < cols; ++j) codes[j] = x[j * p.q.col_stride];
+        x = codes;
+      }
+      rows.dequantize(p.q.dtype, p.x.dtype, x, scales, block, finite, cols, p.x.at(i, 0), past);
     }
+    settle(past);
   });
 }
 

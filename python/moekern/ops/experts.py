@@ -9,6 +9,7 @@ import torch
 
 from moekern import _C
 from moekern.experts import Expert, ExpertWeights
+from moekern.layout import GroupedLayout
 from moekern.op import device_of, op
 from moekern.ops.quantize import reference_cast
 from moekern.scaled import BLOCK, FORMATS, ScaledTensor, as_scaled, as_tensor
@@ -49,6 +50,8 @@ def _prepare(
     for name, value in (("experts", experts), ("shared", shared)):
         if not isinstance(value, ExpertWeights) and not (name == "shared" and value is None):
             raise TypeError(f"fused_experts: {name} is a {type(value).__name__}; it must be an ExpertWeights")
+        if value is not None and value.table is None:
+            raise TypeError(f"fused_experts: {name} was made of fake tensors; there is nothing to read")
     ids = as_tensor(ids, "fused_experts: ids")
     if weights is not None:
         weights = as_tensor(weights, "fused_experts: weights")
@@ -201,7 +204,7 @@ def fused_experts_workspace(
 def batched_experts(
     x: torch.Tensor,
     experts: ExpertWeights,
-    counts: torch.Tensor,
+    counts: torch.Tensor | GroupedLayout,
     *,
     out: torch.Tensor | None = None,
     **options: Any,
@@ -212,7 +215,7 @@ def batched_experts(
 
     x: [E, rows, H] float32, float16 or bfloat16, copied if its experts do not lie one after the other. Rows past
         the count are not read.
-    counts: [E] int32 or int64.
+    counts: [E] int32 or int64, or a GroupedLayout of that kind (`from_masked`).
     out: [E, rows, H], contiguous, or None to allocate. Other options are those of `fused_experts`.
     """
     if x.dim() != 3 or len(x) != experts.num_experts:
@@ -220,6 +223,12 @@ def batched_experts(
             f"batched_experts: x has shape {list(x.shape)}; it must be [{experts.num_experts}, rows, "
             f"{experts.hidden_size}]"
         )
+    if isinstance(counts, GroupedLayout):
+        if counts.capacity != x.shape[1]:
+            raise ValueError(
+                f"batched_experts: counts has capacity {counts.capacity}; x has {x.shape[1]} rows for each"
+            )
+        counts = counts.counts
     if tuple(counts.shape) != (experts.num_experts,) or counts.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"batched_experts: counts has shape {list(counts.shape)} and dtype {counts.dtype}; it must be "
