@@ -43,11 +43,11 @@ inline void weighted_sum_from(const char* const* rows, const float* weights, int
     for (int v = 0; v < kSumVectors; ++v) store(sums + v * W, acc[v]);
     row_store(to, sums, kStep, dst + i * size_of(to));
   }
-  for (; i < n; ++i) {
-    float sum = -0.f;
-    for (int j = 0; j < count; ++j) sum += weights[j] * element_as<F>(rows[j], i);
-    row_store(to, &sum, 1, dst + i * size_of(to));
+  for (int64_t q = 0; q < n - i; ++q) {
+    sums[q] = -0.f;
+    for (int j = 0; j < count; ++j) sums[q] += weights[j] * element_as<F>(rows[j], i + q);
   }
+  row_store(to, sums, n - i, dst + i * size_of(to));
 }
 
 void weighted_sum(Dtype from, const char* const* rows, const float* weights, int count, int64_t n, Dtype to,
