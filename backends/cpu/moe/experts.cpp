@@ -188,7 +188,8 @@ class Chunk {
     if (rows == 0) return;
     const GemmProblem gate = product(x_, sx_, memory_.token_of, first, rows, expert.gate);
     const GemmProblem up = product(x_, sx_, memory_.token_of, first, rows, expert.up);
-    const GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    if (is_quantised(p_)) down.a.dtype = Dtype::e4m3fn;  // by the time it is multiplied
     const bool streamed = streams(isa_, gate) && streams(isa_, up) && streams(isa_, down);
     if (streamed) streamed_rows_ += rows;
     any_packed_ |= !streamed;
