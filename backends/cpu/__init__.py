@@ -14,6 +14,9 @@ from moekern.ops import (
     k_grouped_fp8_gemm_tn_contiguous,
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
+    moe_gate,
+    moe_permute,
+    moe_unpermute,
     per_block_cast_to_fp8,
     per_channel_cast_to_fp8,
     per_token_cast_to_fp8,
@@ -46,6 +49,34 @@ def _dequantize(native: Any) -> Any:
     return run
 
 
+def _gate(native: Any) -> Any:
+    def run(
+        logits: Any,
+        topk: int,
+        scoring: str,
+        correction_bias: Any,
+        num_expert_group: int,
+        topk_group: int,
+        renormalize: bool,
+        routed_scaling_factor: float,
+        mask_value: float,
+        out: Any,
+    ) -> None:
+        native(
+            logits, scoring == "sigmoid", correction_bias, num_expert_group, topk_group, renormalize,
+            routed_scaling_factor, mask_value, out.weights, out.ids,
+        )  # fmt: skip
+
+    return run
+
+
+def _permute(native: Any) -> Any:
+    def run(x: Any, ids: Any, num_experts: int, alignment: int, expert_map: Any, out: Any) -> None:
+        native(x, ids, alignment, expert_map, out.x, out.inverse, out.layout.starts, out.layout.counts)
+
+    return run
+
+
 def register() -> None:
     for name, needs, run, refuses in _NATIVE["fp8_gemm_nt"]:
         fp8_gemm_nt.add(Kernel(name, run, "cpu", needs, refuses, for_few_rows=name.endswith("_stream")))
@@ -64,3 +95,7 @@ def register() -> None:
             spec.add(Kernel(name, _cast(cast), "cpu", needs))
         silu_mul_cast_to_fp8.add(Kernel(name, _cast(silu_mul_cast), "cpu", needs))
         dequantize.add(Kernel(name, _dequantize(back), "cpu", needs))
+    for name, needs, gate, permute, unpermute in _NATIVE["routing"]:
+        moe_gate.add(Kernel(name, _gate(gate), "cpu", needs))
+        moe_permute.add(Kernel(name, _permute(permute), "cpu", needs))
+        moe_unpermute.add(Kernel(name, unpermute, "cpu", needs))

@@ -2,6 +2,7 @@
 #include "cpu/features.h"
 #include "cpu/gemm/driver.h"
 #include "cpu/limits/driver.h"
+#include "cpu/moe/driver.h"
 #include "cpu/moe/experts.h"
 #include "cpu/parallel.h"
 #include "cpu/quant/driver.h"
@@ -11,6 +12,7 @@ namespace moekern::cpu {
 #define MOEKERN_PACKED(ISA, NEEDS) \
   extern const GemmIsa k_##ISA;    \
   extern const LimitIsa k_limits_##ISA;
+#define MOEKERN_ROUTING(ISA, NEEDS) extern const RoutingIsa k_routing_##ISA;
 #include "cpu/kernels.inc"
 
 namespace {
@@ -32,6 +34,12 @@ const char* experts_refuse(const ExpertsProblem& p) {
   return experts_refuse(kIsa, p);
 }
 template <const GemmPair& kIsa> void run_experts(const ExpertsProblem& p) { fused_experts(kIsa, p); }
+
+template <const GemmIsa& kRows, const RoutingIsa& kIsa> void run_gate(const GateProblem& p) {
+  gate(*kRows.rows, kIsa, p);
+}
+template <const RoutingIsa& kIsa> void run_permute(const PermuteProblem& p) { permute(kIsa, p); }
+template <const RoutingIsa& kIsa> void run_unpermute(const UnpermuteProblem& p) { unpermute(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
 template <const LimitIsa& kIsa> void run_read(int loop, const char* src, int64_t bytes, int threads) {
@@ -62,6 +70,13 @@ constexpr CastKernel kCast[] = {
 #include "cpu/kernels.inc"
 };
 
+constexpr RoutingKernel kRouting[] = {
+#define MOEKERN_ROUTING(ISA, NEEDS)                                                      \
+  {"cpu." #ISA, NEEDS, run_gate<k_##ISA, k_routing_##ISA>, run_permute<k_routing_##ISA>, \
+   run_unpermute<k_routing_##ISA>},
+#include "cpu/kernels.inc"
+};
+
 constexpr ExpertsKernel kExperts[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
   {"cpu." #NAME, NEEDS, experts_refuse<k_pair_##NAME>, run_experts<k_pair_##NAME>, experts_workspace_bytes},
@@ -81,6 +96,7 @@ const Backend& backend() {
   static const Backend instance{{kGemm, sizeof kGemm / sizeof *kGemm},
                                 {kGroupedGemm, sizeof kGroupedGemm / sizeof *kGroupedGemm},
                                 {kCast, sizeof kCast / sizeof *kCast},
+                                {kRouting, sizeof kRouting / sizeof *kRouting},
                                 {kExperts, sizeof kExperts / sizeof *kExperts},
                                 {kLimits, sizeof kLimits / sizeof *kLimits},
                                 {kFeatures, sizeof kFeatures / sizeof *kFeatures},

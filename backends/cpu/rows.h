@@ -1,7 +1,10 @@
 // Element-wise work on contiguous rows (RowOps), written once over the vector vocabulary.
 #pragma once
+#include "cpu/elements.h"
 #include "cpu/gemm/decode.h"
 #include "cpu/gemm/ukernel.h"
+#include "cpu/quant/from_fp8.h"
+#include "cpu/quant/to_fp8.h"
 #include "moekern/float_formats.h"
 
 namespace moekern::cpu {
@@ -11,22 +14,6 @@ namespace {
 struct Tail {
   alignas(64) float x[W] = {}, y[W] = {};
 };
-
-inline void copy(float* dst, const float* src, int64_t n) { __builtin_memcpy(dst, src, static_cast<size_t>(n) * 4); }
-
-template <Dtype F>
-inline F32 load_as(const char* p, int64_t i) {
-  if constexpr (F == Dtype::bf16) return load_bf16(reinterpret_cast<const uint16_t*>(p) + i);
-  if constexpr (F == Dtype::f16) return load_f16(reinterpret_cast<const uint16_t*>(p) + i);
-  return load(reinterpret_cast<const float*>(p) + i);
-}
-
-template <Dtype F>
-inline float element_as(const char* p, int64_t i) {
-  if constexpr (F == Dtype::bf16) return bf16_to_f32(reinterpret_cast<const uint16_t*>(p)[i]);
-  if constexpr (F == Dtype::f16) return f16_to_f32(reinterpret_cast<const uint16_t*>(p)[i]);
-  return reinterpret_cast<const float*>(p)[i];
-}
 
 template <Dtype F>
 inline void load_row(const char* src, int64_t n, float* dst) {
@@ -94,103 +81,11 @@ void row_store(Dtype t, const float* src, int64_t n, char* dst) {
   }
 }
 
-// Magnitudes compare like integers, and NaN is above infinity.
-inline I32 magnitude_of(F32 x) { return bit_and(bits(x), set1_i32(0x7fffffffu)); }
-
-template <Dtype F>
-inline uint32_t amax_bits(const char* x, int64_t i, int64_t end) {
-  I32 best[4] = {set1_i32(0), set1_i32(0), set1_i32(0), set1_i32(0)};
-  for (; i + 4 * W <= end; i += 4 * W)
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) best[j] = max_i32(best[j], magnitude_of(load_as<F>(x, i + j * W)));
-  uint32_t top = reduce_max_i32(max_i32(max_i32(best[0], best[1]), max_i32(best[2], best[3])));
-  for (; i < end; ++i) {
-    const uint32_t magnitude = float_bits(element_as<F>(x, i)) & 0x7fffffffu;
-    top = magnitude > top ? magnitude : top;
-  }
-  return top;
-}
-
-template <Dtype F>
-inline void amax_row(const char* x, int64_t n, int64_t block, float* amax) {
-  int64_t i = 0;
-  if (block == 1)
-    for (; i + W <= n; i += W) store_i32(amax + i, max_i32(load_i32(amax + i), magnitude_of(load_as<F>(x, i))));
-  for (; i < n; i += block) {
-    const uint32_t top = amax_bits<F>(x, i, n - i < block ? n : i + block);
-    if (top > float_bits(amax[i / block])) amax[i / block] = bits_float(top);
-  }
-}
-
-void row_amax(Dtype t, const char* x, int64_t n, int64_t block, float* amax) {
-  switch (t) {
-    case Dtype::bf16: return amax_row<Dtype::bf16>(x, n, block, amax);
-    case Dtype::f16: return amax_row<Dtype::f16>(x, n, block, amax);
-    default: return amax_row<Dtype::f32>(x, n, block, amax);
-  }
-}
-
 void row_scale(const float* x, float s, int64_t n, float* dst) {
   const F32 sv = set1(s);
   int64_t i = 0;
   for (; i + W <= n; i += W) store(dst + i, mul(load(x + i), sv));
   for (; i < n; ++i) dst[i] = x[i] * s;
-}
-
-// rne(y), |y| <= max but for rounding, without a table: adding 2^(23 - mantissa_bits) times the binade
-// of y (subnormals share the smallest normal's) makes f32's own rounding act at the narrow format's last
-// place; scaling by 2^(bias - 127) then puts the narrow exponent at the bottom of f32's, where a shift
-// reads the code off.
-template <Dtype F>
-inline I32 encode(F32 y) {
-  constexpr Fp8Layout f = layout_of(F);
-  constexpr float c = static_cast<float>(1 << (23 - f.mantissa_bits));
-  const F32 magnitude = as_f32(magnitude_of(y));
-  const F32 smallest = as_f32(set1_i32(static_cast<uint32_t>(128 - f.bias) << 23));
-  const F32 binade = max(as_f32(bit_and(bits(y), set1_i32(kF32Inf))), smallest);
-  const F32 rounded = fma(binade, set1(-c), fma(binade, set1(c), magnitude));
-  const F32 scaled = mul(rounded, as_f32(set1_i32(static_cast<uint32_t>(f.bias) << 23)));
-  return bit_or(shr32<23 - f.mantissa_bits>(bits(scaled)), bit_and(shr32<24>(bits(y)), set1_i32(0x80)));
-}
-
-// e4m3fnuz, which has no negative zero, and rows with NaN or infinity take the slow way.
-template <Dtype From, Dtype To>
-inline void quantize_row(const char* x, const float* s, int64_t block, bool bounded, int64_t n, uint8_t* dst,
-                         const char* next) {
-  const bool fast = bounded && To != Dtype::e4m3fnuz;
-  for (int64_t i = 0; i < n;) {
-    const int64_t end = block == 1 || n - i < block ? n : i + block;
-    const F32 one = set1(s[i / block]);
-    if (fast)
-      for (; i + 4 * W <= end; i += 4 * W) {
-        __builtin_prefetch(next + i * size_of(From));
-        I32 codes[4];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-          codes[j] = encode<To>(mul(load_as<From>(x, i + j * W), block == 1 ? load(s + i + j * W) : one));
-        store_low8(dst + i, codes[0], codes[1], codes[2], codes[3]);
-      }
-    for (; i < end; ++i) dst[i] = f32_to_fp8(To, element_as<From>(x, i) * s[i / block]);
-  }
-}
-
-template <Dtype From>
-inline void quantize_from(const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to, uint8_t* dst,
-                          const char* next) {
-  switch (to) {
-    case Dtype::e4m3fn: return quantize_row<From, Dtype::e4m3fn>(x, s, block, bounded, n, dst, next);
-    case Dtype::e5m2: return quantize_row<From, Dtype::e5m2>(x, s, block, bounded, n, dst, next);
-    default: return quantize_row<From, Dtype::e4m3fnuz>(x, s, block, bounded, n, dst, next);
-  }
-}
-
-void row_quantize(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
-                  uint8_t* dst, const char* next) {
-  switch (from) {
-    case Dtype::bf16: return quantize_from<Dtype::bf16>(x, s, block, bounded, n, to, dst, next);
-    case Dtype::f16: return quantize_from<Dtype::f16>(x, s, block, bounded, n, to, dst, next);
-    default: return quantize_from<Dtype::f32>(x, s, block, bounded, n, to, dst, next);
-  }
 }
 
 // exp(x) for x in [-87.3, 88]: 2^n * e^r with n = rint(x / ln 2), |r| <= ln 2 / 2, and the Taylor
@@ -209,6 +104,9 @@ inline F32 exp_clamped(F32 x) {
 
 // Beyond the clamp runs on to infinity.
 inline F32 exp_to_infinity(F32 x) { return add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f))); }
+
+// Below the clamp runs on to zero, within one unit of x.
+inline F32 exp_to_zero(F32 x) { return mul(exp_clamped(x), min(set1(1.f), max(zero(), add(x, set1(88.3f))))); }
 
 // g / (1 + e^-x): where e^-x is infinite the result is -0, and NaN if g is -infinity.
 inline F32 over_one_plus_exp(F32 g, F32 minus_x) { return div(g, add(set1(1.f), exp_to_infinity(minus_x))); }
@@ -264,7 +162,7 @@ void row_gated(const Gating& f, const float* gate, const float* up, int64_t n, f
   }
 }
 
-constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, row_quantize, row_gated};
+constexpr RowOps kRowOps = {row_load, row_store, row_amax, row_scale, cast_panel, row_dequantize, row_gated};
 
 }  // namespace
 }  // namespace moekern::cpu

@@ -19,6 +19,7 @@ py::dict rows_of(const Backend& backend) {
   rows["fp8_gemm_nt"] = gemm_rows(backend);
   rows["grouped"] = grouped_rows(backend);
   rows["cast"] = cast_rows(backend);
+  rows["routing"] = routing_rows(backend);
   rows["fused_experts"] = experts_rows(backend);
   rows["limits"] = limit_rows(backend);
   return rows;
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   bind_gemm(m);
   bind_grouped(m);
   bind_casts(m);
+  bind_routing(m);
   bind_experts(m);
   py::dict native;
 #define MOEKERN_BACKEND(NAME) native[#NAME] = rows_of(NAME::backend());

@@ -26,6 +26,7 @@ dlpack::DataType dlpack_type(Dtype t) {
     case Dtype::e4m3fn: return {dlpack::kE4m3fn, 8, 1};
     case Dtype::e4m3fnuz: return {dlpack::kE4m3fnuz, 8, 1};
     case Dtype::e5m2: return {dlpack::kE5m2, 8, 1};
+    case Dtype::ue8m0: return {dlpack::kE8m0fnu, 8, 1};
     case Dtype::i32: return {dlpack::kInt, 32, 1};
     case Dtype::i64: return {dlpack::kInt, 64, 1};
     default: return {dlpack::kFloat, 32, 1};

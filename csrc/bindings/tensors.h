@@ -82,10 +82,12 @@ void bind_gemm(py::module_& m);
 void bind_grouped(py::module_& m);
 void bind_casts(py::module_& m);
 void bind_experts(py::module_& m);
+void bind_routing(py::module_& m);
 py::list gemm_rows(const Backend& backend);
 py::list grouped_rows(const Backend& backend);
 py::list cast_rows(const Backend& backend);
 py::list experts_rows(const Backend& backend);
+py::list routing_rows(const Backend& backend);
 py::list limit_rows(const Backend& backend);
 
 }  // namespace moekern

@@ -69,6 +69,45 @@ struct CastProblem {
   int threads = 1;
 };
 
+// The experts of each token: weights and ids of the topk largest selection values, which python/moekern/ops/gate.py
+// defines. At most kMaxExperts and kMaxTopk, so that a row of scores fits the first-level cache.
+constexpr int kMaxExperts = 1024, kMaxTopk = 32;
+struct GateProblem {
+  Matrix logits;           // [tokens, experts] f32, f16 or bf16
+  Matrix correction_bias;  // [1, experts] or empty
+  Matrix weights;          // [tokens, topk] f32
+  Matrix ids;              // [tokens, topk] i32
+  int topk = 1, groups = 1, kept_groups = 1;
+  bool sigmoid = false;  // else softmax
+  bool renormalize = false;
+  float routed_scaling_factor = 1, mask_value = 0;
+  int threads = 1;
+};
+
+// Rows of x in the order of their experts. Expert g has the rows starts[g] .. starts[g] + counts[g] of out, and zeros
+// up to the next multiple of the alignment; inverse[t, j] is the row of slot j of token t, or -1.
+struct PermuteProblem {
+  Matrix x;  // [tokens, hidden] f32, f16 or bf16, or FP8 with sx, which has one row a token
+  ScaleGrid sx;
+  Matrix ids;             // [tokens, topk] i32 or i64
+  Matrix expert_map;      // [1, ids' experts] i32, or empty
+  Matrix starts, counts;  // [1, experts] i64
+  int64_t alignment = 1;
+  Matrix out;  // [rows, hidden]
+  ScaleGrid sout;
+  Matrix inverse;  // [tokens, topk] i32
+  int threads = 1;
+};
+
+// out[t] = cast(sum_j weights[t, j] y[inverse[t, j]]), slots of -1 left out.
+struct UnpermuteProblem {
+  Matrix y;        // [rows, hidden] f32, f16 or bf16
+  Matrix inverse;  // [tokens, topk] i32 or i64
+  Matrix weights;  // [tokens, topk] f32, f16 or bf16; or empty: all are 1
+  Matrix out;      // [tokens, hidden] f32, f16 or bf16
+  int threads = 1;
+};
+
 // The rows [first, first + count) of a weight matrix: a projection's outputs. Scales are looked up by the
 // row of `weight`, which a block may share with another projection.
 struct Projection {
@@ -99,8 +138,8 @@ struct ExpertsProblem {
   bool quantize = false;         // x, unless it is FP8 already, and h, 1x128 to e4m3fn
   bool weight_on_input = false;  // weights[t, j] x[t] instead of weights[t, j] y: exact, the products are scaled
   bool reduce = true;
-  Matrix out;                    // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
-  Matrix workspace;              // u8 [1, bytes], or empty: the kernel's own memory
+  Matrix out;        // [t, inputs], or [t k, inputs] of y without weights when not `reduce`
+  Matrix workspace;  // u8 [1, bytes], or empty: the kernel's own memory
   int threads = 1;
 
   int64_t tokens() const { return x.rows; }
@@ -128,6 +167,14 @@ struct CastKernel {
   void (*cast)(const CastProblem&);
   void (*silu_mul_cast)(const CastProblem&);
   void (*dequantize)(const CastProblem&);
+};
+
+struct RoutingKernel {
+  const char* name;
+  uint64_t needs;
+  void (*gate)(const GateProblem&);
+  void (*permute)(const PermuteProblem&);
+  void (*unpermute)(const UnpermuteProblem&);
 };
 
 struct ExpertsKernel {
@@ -170,6 +217,7 @@ struct Backend {
   Table<GemmKernel> gemm;
   Table<GroupedGemmKernel> grouped_gemm;
   Table<CastKernel> cast;
+  Table<RoutingKernel> routing;
   Table<ExpertsKernel> experts;
   Table<LimitLoops> limits;
   Table<Feature> features;

@@ -18,6 +18,8 @@ class _NativeBackend(TypedDict):
     grouped: list[tuple[str, frozenset[str], dict[str, tuple[Callable[..., None], Callable[..., str | None]]]]]
     # (name, needs, cast, silu_mul_cast, dequantize)
     cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
+    # (name, needs, gate, permute, unpermute)
+    routing: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
     # (name, needs, run, refuses, workspace -> bytes)
     fused_experts: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None], Callable[..., int]]]
     # (name, needs, multiply_add -> floating-point operations done, [read(x)], copy(x, out)); for bench/
@@ -111,6 +113,36 @@ def prepare_experts(*call: Any) -> tuple[Any, ...]: ...
 def prepare_dequantize(
     x: ScaledTensor, out: torch.Tensor | None, out_dtype: torch.dtype | None, /
 ) -> tuple[ScaledTensor, torch.Tensor]: ...
+def prepare_gate(
+    logits: torch.Tensor,
+    topk: int,
+    sigmoid: bool,
+    correction_bias: torch.Tensor | None,
+    groups: int,
+    kept_groups: int,
+    routed_scaling_factor: float,
+    mask_value: float,
+    out: tuple[torch.Tensor, torch.Tensor] | None,
+    /,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def prepare_permute(
+    x: torch.Tensor | ScaledTensor,
+    ids: torch.Tensor,
+    experts: int,
+    alignment: int,
+    expert_map: torch.Tensor | None,
+    rows: int,
+    out: tuple[Any, Any, torch.Tensor] | None,
+    /,
+) -> tuple[torch.Tensor | ScaledTensor, torch.Tensor, torch.Tensor]: ...
+def prepare_unpermute(
+    y: torch.Tensor,
+    inverse: torch.Tensor,
+    weights: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    /,
+) -> torch.Tensor: ...
 
 class ValueError(Exception): ...
 class TypeError(Exception): ...

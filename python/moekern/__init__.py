@@ -12,6 +12,8 @@ __all__ = [
     "Kernel",
     "NotSupported",
     "Op",
+    "Permuted",
+    "Routing",
     "ScaledTensor",
     "batched_experts",
     "dequantize",
@@ -26,9 +28,13 @@ __all__ = [
     "k_grouped_fp8_gemm_tn_contiguous",
     "m_grouped_fp8_gemm_nt_contiguous",
     "m_grouped_fp8_gemm_nt_masked",
+    "moe_gate",
+    "moe_permute",
+    "moe_unpermute",
     "per_block_cast_to_fp8",
     "per_channel_cast_to_fp8",
     "per_token_cast_to_fp8",
+    "permuted_rows",
     "silu_mul_cast_to_fp8",
     "use",
 ]
@@ -46,6 +52,8 @@ try:
     from moekern.layout import GroupedLayout
     from moekern.op import Device, Kernel, NotSupported, Op
     from moekern.ops import (
+        Permuted,
+        Routing,
         batched_experts,
         dequantize,
         fp8_gemm_nn,
@@ -57,9 +65,13 @@ try:
         k_grouped_fp8_gemm_tn_contiguous,
         m_grouped_fp8_gemm_nt_contiguous,
         m_grouped_fp8_gemm_nt_masked,
+        moe_gate,
+        moe_permute,
+        moe_unpermute,
         per_block_cast_to_fp8,
         per_channel_cast_to_fp8,
         per_token_cast_to_fp8,
+        permuted_rows,
         silu_mul_cast_to_fp8,
     )
     from moekern.policy import explain, use

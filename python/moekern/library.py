@@ -6,6 +6,7 @@ functional; `out=` under tracing is a copy, which the compiler folds away.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,8 @@ from moekern import ops
 from moekern.experts import ExpertWeights
 from moekern.layout import GroupedLayout
 from moekern.op import NotSupported
+from moekern.ops import Permuted, Routing, permuted_rows
+from moekern.ops.gate import SMALLEST_SUM
 from moekern.scaled import BLOCK, DTYPES, ScaledTensor, parts
 from moekern.weights import from_lists, to_lists
 
@@ -282,6 +285,181 @@ def _trace_experts(  # type: ignore[no-untyped-def]
     return result if out is None else out.copy_(result)
 
 
+# ---- moe_gate, moe_permute, moe_unpermute ------------------------------------------------------------
+
+
+_GATE_OPTIONS = (
+    "scoring",
+    "correction_bias",
+    "num_expert_group",
+    "topk_group",
+    "renormalize",
+    "routed_scaling_factor",
+    "mask_value",
+)
+
+
+def _gate(logits, topk, *options):  # type: ignore[no-untyped-def]
+    return tuple(ops.moe_gate(logits, topk, **dict(zip(_GATE_OPTIONS, options, strict=True))))
+
+
+def _gate_fake(logits, topk, *options):  # type: ignore[no-untyped-def]
+    torch._check(logits.dim() == 2, lambda: "moe_gate: logits must have 2 dimensions")
+    shape = (logits.shape[0], topk)
+    return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
+
+
+def _save_gate(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    logits, _, scoring, _, _, _, renormalize, routed_scaling_factor, _ = inputs
+    ctx.save_for_backward(logits, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = scoring, renormalize, routed_scaling_factor
+
+
+def _gate_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
+    """Through the weights of the chosen experts; which they are has no gradient."""
+    logits, ids = ctx.saved_tensors
+    scoring, renormalize, routed_scaling_factor = ctx.options
+    scores = logits.float().softmax(1) if scoring == "softmax" else logits.float().sigmoid()
+    chosen, grad = scores.gather(1, ids.long()), grad * routed_scaling_factor
+    if renormalize:
+        total = chosen.sum(1, keepdim=True) + SMALLEST_SUM
+        grad = (grad - (grad * chosen).sum(1, keepdim=True) / total) / total
+    grad = torch.zeros_like(scores).scatter(1, ids.long(), grad)
+    if scoring == "softmax":
+        grad = scores * (grad - (grad * scores).sum(1, keepdim=True))
+    else:
+        grad = grad * scores * (1 - scores)
+    return grad.to(logits.dtype), *(None,) * 8
+
+
+def _trace_gate(  # type: ignore[no-untyped-def]
+    logits, topk, *, scoring="softmax", correction_bias=None, num_expert_group=1, topk_group=1, renormalize=False,
+    routed_scaling_factor=1.0, mask_value=-math.inf, out=None,
+):  # fmt: skip
+    weights, ids = torch.ops.moekern.moe_gate(
+        logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize,
+        float(routed_scaling_factor), float(mask_value),
+    )  # fmt: skip
+    if out is None:
+        return Routing(weights, ids)
+    return Routing(out[0].copy_(weights), out[1].copy_(ids))
+
+
+def _permute(x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
+    rows = x if scale is None else ScaledTensor(x, scale, tuple(block))
+    moved, layout, inverse = ops.moe_permute(rows, ids, num_experts, alignment=alignment, expert_map=expert_map)
+    data, scale = (moved, x.new_empty(0)) if scale is None else moved
+    return data, scale, layout.starts, layout.counts, inverse
+
+
+def _permute_fake(x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
+    torch._check(x.dim() == 2 and ids.dim() == 2, lambda: "moe_permute: x and ids must have 2 dimensions")
+    torch._check(x.shape[0] == ids.shape[0], lambda: "moe_permute: x and ids need the same number of rows, the tokens")
+    rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
+    groups = ids.new_empty((2, num_experts), dtype=torch.int64)
+    return (
+        x.new_empty((rows, x.shape[1])),
+        x.new_empty(0) if scale is None else scale.new_empty((rows, scale.shape[1])),
+        groups[0].clone(),
+        groups[1].clone(),
+        ids.new_empty(ids.shape, dtype=torch.int32),
+    )
+
+
+def _save_permute(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[4])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.has_gradient = inputs[1] is None  # FP8 rows are constants
+
+
+def _permute_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    """dx[t] = the sum of the gradients of the rows that are copies of x[t]."""
+    (inverse,) = ctx.saved_tensors
+    grad_x = torch.ops.moekern.moe_unpermute(grad, inverse, None, grad.dtype) if ctx.has_gradient else None
+    return grad_x, *(None,) * 6
+
+
+def _trace_permute(x, ids, num_experts, *, alignment=1, expert_map=None, out=None):  # type: ignore[no-untyped-def]
+    data, scale, block = (x, None, (1, 1)) if isinstance(x, torch.Tensor) else parts(x)
+    moved, moved_scale, starts, counts, inverse = torch.ops.moekern.moe_permute(
+        data, scale, list(block), ids, num_experts, alignment, expert_map
+    )
+    if out is not None:
+        target, _, out_inverse = out
+        parts_of_target = (target,) if scale is None else tuple(target)
+        for to, result in zip(parts_of_target, (moved, moved_scale), strict=False):
+            to[: moved.shape[0]].copy_(result[: to.shape[0]])
+        return Permuted(target, GroupedLayout(starts, counts, target.shape[0], alignment), out_inverse.copy_(inverse))
+    rows = moved if scale is None else ScaledTensor(moved, moved_scale, block)
+    return Permuted(rows, GroupedLayout(starts, counts, moved.shape[0], alignment), inverse)
+
+
+def _unpermute(y, inverse, weights, out_dtype):  # type: ignore[no-untyped-def]
+    return ops.moe_unpermute(y, inverse, weights, out_dtype=out_dtype)
+
+
+def _unpermute_fake(y, inverse, weights, out_dtype):  # type: ignore[no-untyped-def]
+    torch._check(y.dim() == 2 and inverse.dim() == 2, lambda: "moe_unpermute: y and inverse must have 2 dimensions")
+    return y.new_empty((inverse.shape[0], y.shape[1]), dtype=out_dtype or y.dtype)
+
+
+def _save_unpermute(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    y, inverse, weights, _ = inputs
+    ctx.save_for_backward(y, inverse, weights)
+
+
+def _unpermute_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; -1 takes no part."""
+    y, inverse, weights = ctx.saved_tensors
+    grad, kept = grad.float(), inverse >= 0
+    grad_y = grad_weights = None
+    if ctx.needs_input_grad[0]:
+        factors = kept.float() if weights is None else weights.float().where(kept, torch.zeros(()))
+        terms = factors.unsqueeze(2) * grad.unsqueeze(1)
+        rows = inverse.long().where(kept, torch.full_like(inverse, y.shape[0], dtype=torch.int64))  # one row too many
+        sums = grad.new_zeros((y.shape[0] + 1, y.shape[1]))
+        grad_y = sums.index_add(0, rows.flatten(), terms.flatten(0, 1))[: y.shape[0]].to(y.dtype)
+    if weights is not None and ctx.needs_input_grad[2]:
+        products = (y[inverse.long().clamp(min=0)].float() * grad.unsqueeze(1)).sum(2)
+        grad_weights = products.where(kept, torch.zeros(())).to(weights.dtype)
+    return grad_y, None, grad_weights, None
+
+
+def _trace_unpermute(y, inverse, weights=None, *, out=None, out_dtype=None):  # type: ignore[no-untyped-def]
+    result = torch.ops.moekern.moe_unpermute(y, inverse, weights, out_dtype if out is None else out.dtype)
+    return result if out is None else out.copy_(result)
+
+
+def _define_routing() -> None:
+    _define(
+        "moe_gate(Tensor logits, int topk, str scoring, Tensor? correction_bias, int num_expert_group, int topk_group, "
+        "bool renormalize, float routed_scaling_factor, float mask_value) -> (Tensor, Tensor)",
+        _gate,
+        _gate_fake,
+    )
+    _define(
+        "moe_permute(Tensor x, Tensor? scale, int[] block, Tensor ids, int num_experts, int alignment, "
+        "Tensor? expert_map) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _permute,
+        _permute_fake,
+    )
+    _define(
+        "moe_unpermute(Tensor y, Tensor inverse, Tensor? weights, ScalarType? out_dtype) -> Tensor",
+        _unpermute,
+        _unpermute_fake,
+    )
+    for name, backward, save in (
+        ("moe_gate", _gate_backward, _save_gate),
+        ("moe_permute", _permute_backward, _save_permute),
+        ("moe_unpermute", _unpermute_backward, _save_unpermute),
+    ):
+        torch.library.register_autograd(f"moekern::{name}", backward, setup_context=save, lib=_LIBRARY)
+    ops.moe_gate.traced = _trace_gate
+    ops.moe_permute.traced = _trace_permute
+    ops.moe_unpermute.traced = _trace_unpermute
+
+
 def register() -> None:
     """Define every operator and give each Op its traced form. Called once, when moekern is imported."""
     _define(
@@ -326,3 +504,4 @@ def register() -> None:
     )
     torch.library.register_autograd("moekern::fused_experts", _no_gradient, lib=_LIBRARY)
     ops.fused_experts.traced = _trace_experts
+    _define_routing()

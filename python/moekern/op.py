@@ -191,7 +191,7 @@ def _eager(operands: Iterable[Any], grad: bool) -> bool:
         if kind is torch.Tensor or kind is torch.nn.Parameter:
             if grad and x.requires_grad:
                 return False
-        elif kind is tuple:
+        elif isinstance(x, tuple):
             if not _eager(x, grad):
                 return False
         elif isinstance(x, torch.Tensor):
@@ -207,11 +207,16 @@ def register_device(where: torch.device, device: Device) -> None:
     _devices[where] = device
 
 
-def location(operand: torch.Tensor | ScaledTensor) -> torch.device:
-    return operand.data.device if isinstance(operand, ScaledTensor) else operand.device
+Output = Any  # a tensor, a ScaledTensor, or a NamedTuple that begins with one of them
 
 
-def device_of(operand: torch.Tensor | ScaledTensor) -> Device:
+def location(output: Output) -> torch.device:
+    if isinstance(output, tuple):
+        output = output[0]
+    return output.data.device if isinstance(output, ScaledTensor) else output.device
+
+
+def device_of(operand: Output) -> Device:
     where = location(operand)
     try:
         return _devices[where]

@@ -39,6 +39,15 @@ static inline __m512i srai_epi32(__m512i x, unsigned bits) {
   return join(_mm256_srai_epi32(half(x, 0), count), _mm256_srai_epi32(half(x, 1), count));
 }
 
+static inline __m512i madd_epi16(__m512i x, __m512i y) {
+  return join(_mm256_madd_epi16(half(x, 0), half(y, 0)), _mm256_madd_epi16(half(x, 1), half(y, 1)));
+}
+
+static inline __m512i cvtps_epi32(__m512 x) {
+  const simde__m512_private v = simde__m512_to_private(x);
+  return join(_mm256_cvtps_epi32(v.m256[0]), _mm256_cvtps_epi32(v.m256[1]));
+}
+
 static inline void stream_si512(void* p, __m512i x) {
   auto* halves = static_cast<__m256i*>(p);
   _mm256_stream_si256(halves, half(x, 0));
@@ -86,6 +95,8 @@ static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_srai_epi32
+#undef _mm512_madd_epi16
+#undef _mm512_cvtps_epi32
 #undef _mm512_stream_si512
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
@@ -94,6 +105,8 @@ static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
 #define _mm512_cvtepu16_epi32 moekern::emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 moekern::emulated::cvtepi32_epi16
 #define _mm512_srai_epi32 moekern::emulated::srai_epi32
+#define _mm512_madd_epi16 moekern::emulated::madd_epi16
+#define _mm512_cvtps_epi32 moekern::emulated::cvtps_epi32
 #define _mm512_stream_si512 moekern::emulated::stream_si512
 #define _mm512_cvtph_ps moekern::emulated::cvtph_ps
 #define _mm512_cvtps_ph(X, ROUNDING) moekern::emulated::cvtps_ph<(ROUNDING)>(X)

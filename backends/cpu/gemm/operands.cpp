@@ -55,9 +55,7 @@ int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool sca
       rows.scale(dst + j, scale_of(p.sa, i, j), n, dst + j);
     }
   }
-  float amax = 0.f;
-  rows.amax(Dtype::f32, reinterpret_cast<const char*>(dst), k, std::max<int64_t>(k, 1), &amax);
-  const int e = exponent_of(amax);
+  const int e = exponent_of(rows.amax(dst, k));
   // top - e reaches 247, beyond f32's largest power: two factors.
   const int first = std::min(top - e, 120), second = top - e - first;
   rows.scale(dst, power_of_two(first), k, dst);
@@ -68,6 +66,14 @@ int normalised_row(const RowOps& rows, const GemmProblem& p, int64_t i, bool sca
 
 int result_exponent_f32(Dtype weights, int row_exponent) {
   return row_exponent - kTopF32 + 127 - layout_of(weights).bias;
+}
+
+const char* panel_refuses(Dtype panel, const GemmProblem& p) {
+  if (panel != Dtype::bf16) return nullptr;
+  if (!is_fp8(p.a.dtype) && p.a.dtype != Dtype::bf16) return "multiplies in bf16, which a does not fit exactly";
+  if (p.sa.values && p.sa.block_cols % kBlock != 0 && p.sa.block_cols < p.k())
+    return "the scale blocks of a must be a multiple of 128 wide, or as wide as k";
+  return nullptr;
 }
 
 void scale_by_power(const RowOps& rows, float* x, int64_t n, int exponent) {

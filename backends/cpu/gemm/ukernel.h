@@ -10,17 +10,34 @@ namespace moekern::cpu {
 
 constexpr int kBlock = 128;  // k advances one scale block at a time, in both kernels
 
+// Rows of x to cast to FP8 together, `width` columns after another: the blocks are as tall as the panel, and
+// one column wide or kBlock. Strides of rows are in bytes.
+constexpr int64_t kWidestCast = 2048;
+struct CastPanel {
+  const char* x;
+  int64_t x_stride, rows, cols;
+  int64_t width;  // a multiple of kBlock, at most kWidestCast
+  bool by_column;
+  uint8_t* q;
+  int64_t q_stride;
+  float* scale;
+  int64_t scale_stride;  // in floats
+  bool round_scale_up;
+  const char* next;  // what will be read next, with the strides of x: for prefetching only
+  bool past_caches;  // how q is to be written; its rows are then aligned to 64 bytes
+};
+
 // Row primitives, shared with quant/. n is free: tails are handled inside, nothing past n is touched.
 struct RowOps {
   void (*load)(Dtype, const char* src, int64_t n, float* dst);   // exact
   void (*store)(Dtype, const float* src, int64_t n, char* dst);  // f32, f16, bf16: round to nearest even
-  // Of f32, f16 or bf16: amax[i / block] = max(amax[i / block], |x[i]|); NaN is above infinity and stays.
-  void (*amax)(Dtype, const char* x, int64_t n, int64_t block, float* amax);
+  float (*amax)(const float* x, int64_t n);                      // max |x|; NaN is above infinity
   void (*scale)(const float* x, float s, int64_t n, float* dst);
-  // dst[i] = rne(clamp(x[i] * s[i / block], +-max)). `bounded` promises finite x and |x * s| <= max but for
-  // rounding. `next` is what the caller will read next, for prefetching only.
-  void (*quantize)(Dtype from, const char* x, const float* s, int64_t block, bool bounded, int64_t n, Dtype to,
-                   uint8_t* dst, const char* next);
+  // From f32, f16 or bf16: scale = max(amax, 1e-4) / max, q = rne(clamp(x * (1 / scale), +-max)).
+  void (*cast_panel)(Dtype from, Dtype to, const CastPanel&);
+  // dst[i] = x[i] * scale[i / block], `finite` if all scales are; past_caches as in CastPanel.
+  void (*dequantize)(Dtype from, Dtype to, const uint8_t* x, const float* scale, int64_t block, bool finite, int64_t n,
+                     char* dst, bool past_caches);
   void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
 };
 
@@ -35,18 +52,21 @@ using TileFn = void (*)(int mr, int kc, const void* a, int64_t a_stride, const v
 // express (a NaN or an infinity). f32 panels hold value * 2^-(127 - bias), bf16 panels the value.
 using PackFn = bool (*)(Dtype, const uint8_t* const* rows, int kc, void* strip);
 
-// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc elements. a: m rows of
-// f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted by `permute`. True as for PackFn. Weights
-// are read once, in place, and nothing past kc is read; `ahead` bytes further on is what will be wanted next, for
-// prefetching only.
+// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc elements. a: m
+// rows of the stream's panel type, `a_stride` values apart, zero-padded to a multiple of 128 and permuted by
+// `permute`. bf16 rows have their scales, one per 128 of k and rows `scale_stride` apart; f32 rows contain theirs.
+// True as for PackFn. Weights are read once, in place, and nothing past kc is read; `ahead` bytes further on is
+// what will be wanted next, for prefetching only.
 using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead,
-                          const float* a, int64_t a_stride, float* acc, bool first);
+                          const void* a, int64_t a_stride, const float* scale, int64_t scale_stride, float* acc,
+                          bool first);
 
 struct Stream {
+  Dtype panel;    // f32 or bf16
   int max_m;      // more activation rows than this are faster packed
   int pass_rows;  // activation rows that one pass of `run` takes at most
   StreamFn run;
-  void (*permute)(const float* src, int64_t n, float* dst);  // n is a multiple of 4 * lanes; reads to n + lanes
+  void (*permute)(const float* src, int64_t n, void* dst);  // n is a multiple of 128; reads to n + lanes
   // sums[i * ld + r] = the lanes of acc[r][i], added up.
   void (*reduce)(const float* acc, int m, int rows, float* sums, int64_t ld);
 };

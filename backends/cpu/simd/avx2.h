@@ -35,6 +35,7 @@ inline F32 max(F32 a, F32 b) { return _mm256_max_ps(a, b); }  // b when either i
 inline F32 min(F32 a, F32 b) { return _mm256_min_ps(a, b); }
 
 inline I32 set1_i32(uint32_t x) { return _mm256_set1_epi32(static_cast<int>(x)); }
+inline I32 set1_i16(uint16_t x) { return _mm256_set1_epi16(static_cast<short>(x)); }
 inline I32 load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline I32 load_i32(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void store_i32(void* p, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
@@ -44,13 +45,20 @@ inline I32 bits(F32 x) { return _mm256_castps_si256(x); }
 inline F32 as_f32(I32 x) { return _mm256_castsi256_ps(x); }
 inline I32 bit_and(I32 a, I32 b) { return _mm256_and_si256(a, b); }
 inline I32 bit_or(I32 a, I32 b) { return _mm256_or_si256(a, b); }
+inline I32 bit_xor(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
 inline I32 add_i32(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
 inline I32 max_i32(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+inline I32 min_i32(I32 a, I32 b) { return _mm256_min_epi32(a, b); }
 template <int S> inline I32 shl32(I32 x) { return _mm256_slli_epi32(x, S); }
 template <int S> inline I32 shr32(I32 x) { return _mm256_srli_epi32(x, S); }
 template <int S> inline I32 sra32(I32 x) { return _mm256_srai_epi32(x, S); }
 template <int S> inline I32 shl16(I32 x) { return _mm256_slli_epi16(x, S); }
 template <int S> inline I32 sra16(I32 x) { return _mm256_srai_epi16(x, S); }
+template <int S> inline I32 shr16(I32 x) { return _mm256_srli_epi16(x, S); }
+inline I32 add_i16(I32 a, I32 b) { return _mm256_add_epi16(a, b); }
+inline I32 sub_i16(I32 a, I32 b) { return _mm256_sub_epi16(a, b); }
+inline I32 subs_u16(I32 a, I32 b) { return _mm256_subs_epu16(a, b); }  // 0 where b is larger
+inline I32 max_i16(I32 a, I32 b) { return _mm256_max_epi16(a, b); }
 inline I32 add_i8(I32 a, I32 b) { return _mm256_add_epi8(a, b); }
 inline I32 max_u8(I32 a, I32 b) { return _mm256_max_epu8(a, b); }
 inline I32 min_s8(I32 a, I32 b) { return _mm256_min_epi8(a, b); }
@@ -59,8 +67,19 @@ inline I32 min_s8(I32 a, I32 b) { return _mm256_min_epi8(a, b); }
 inline I32 load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+// 2W bytes, each in the low 8 bits of a 16-bit word.
+inline I32 load_u8_i16(const uint8_t* p) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm256_blendv_epi8(otherwise, then, bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+}
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(a, b))));
+}
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) {
+  return _mm256_blendv_epi8(otherwise, then, _mm256_cmpeq_epi32(a, b));
 }
 
 inline F32 load_bf16(const uint16_t* p) {
@@ -75,11 +94,32 @@ inline void store_low16(uint16_t* p, I32 x) {
   const I32 packed = _mm256_packus_epi32(x, x);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
-// The low 8 bits of every lane of four vectors, in order: 4W bytes.
-inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
-  const I32 lo = _mm256_packus_epi32(x0, x1), hi = _mm256_packus_epi32(x2, x3);
-  const I32 order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  store_i32(p, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(lo, hi), order));
+
+// Narrowing works within 128-bit lanes on some ISAs, so its results have an order of their own. It is
+// undone at the end: by in_order_i32 where the first vectors narrowed were lanes in order, by in_order_i16
+// where they were 16-bit words in order. bf16_lower and bf16_upper split words so that narrow_i32 of the
+// two gives the words' own order.
+inline F32 bf16_lower(I32 words) { return as_f32(_mm256_unpacklo_epi16(_mm256_setzero_si256(), words)); }
+inline F32 bf16_upper(I32 words) { return as_f32(_mm256_unpackhi_epi16(_mm256_setzero_si256(), words)); }
+inline I32 narrow_i32(I32 a, I32 b) { return _mm256_packs_epi32(a, b); }   // lanes within 16 bits, signed
+inline I32 narrow_i16(I32 a, I32 b) { return _mm256_packus_epi16(a, b); }  // words within 8 bits, unsigned
+// Words, or bytes, with the sign bits of a's and b's lanes, or words; their other bits are anything.
+inline I32 signs_i32(I32 a, I32 b) { return _mm256_packs_epi32(a, b); }
+inline I32 signs_i16(I32 a, I32 b) { return _mm256_packs_epi16(a, b); }
+inline I32 in_order_i32(I32 x) { return _mm256_permutevar8x32_epi32(x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)); }
+inline I32 in_order_i16(I32 x) { return _mm256_permute4x64_epi64(x, 0xd8); }
+
+inline I32 round_i32(F32 x) { return _mm256_cvtps_epi32(x); }  // to nearest even
+// (low << 8) + (high << S) of every lane's signed halves: exact below 2^15, otherwise right in bits 8 .. 15.
+template <int S> inline I32 fold_halves(I32 x) { return _mm256_madd_epi16(x, _mm256_set1_epi32(1 << (16 + S) | 256)); }
+
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)); };
+  const I32 lower = merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
+  const I32 upper = merge(merge(rows[4], rows[6]), merge(rows[5], rows[7]));
+  return max(_mm256_permute2x128_si256(lower, upper, 0x20), _mm256_permute2x128_si256(lower, upper, 0x31));
 }
 
 // The largest lane, as a signed integer.

@@ -33,6 +33,7 @@ inline F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }  // b when either i
 inline F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
 
 inline I32 set1_i32(uint32_t x) { return _mm512_set1_epi32(static_cast<int>(x)); }
+inline I32 set1_i16(uint16_t x) { return _mm512_set1_epi16(static_cast<short>(x)); }
 inline I32 load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
 inline void store_i32(void* p, I32 x) { _mm512_storeu_si512(p, x); }
@@ -41,13 +42,20 @@ inline I32 bits(F32 x) { return _mm512_castps_si512(x); }
 inline F32 as_f32(I32 x) { return _mm512_castsi512_ps(x); }
 inline I32 bit_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }
 inline I32 bit_or(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+inline I32 bit_xor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
 inline I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 inline I32 max_i32(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+inline I32 min_i32(I32 a, I32 b) { return _mm512_min_epi32(a, b); }
 template <int S> inline I32 shl32(I32 x) { return _mm512_slli_epi32(x, S); }
 template <int S> inline I32 shr32(I32 x) { return _mm512_srli_epi32(x, S); }
 template <int S> inline I32 sra32(I32 x) { return _mm512_srai_epi32(x, S); }
 template <int S> inline I32 shl16(I32 x) { return _mm512_slli_epi16(x, S); }
 template <int S> inline I32 sra16(I32 x) { return _mm512_srai_epi16(x, S); }
+template <int S> inline I32 shr16(I32 x) { return _mm512_srli_epi16(x, S); }
+inline I32 add_i16(I32 a, I32 b) { return _mm512_add_epi16(a, b); }
+inline I32 sub_i16(I32 a, I32 b) { return _mm512_sub_epi16(a, b); }
+inline I32 subs_u16(I32 a, I32 b) { return _mm512_subs_epu16(a, b); }  // 0 where b is larger
+inline I32 max_i16(I32 a, I32 b) { return _mm512_max_epi16(a, b); }
 inline I32 add_i8(I32 a, I32 b) { return _mm512_add_epi8(a, b); }
 inline I32 max_u8(I32 a, I32 b) { return _mm512_max_epu8(a, b); }
 inline I32 min_s8(I32 a, I32 b) { return _mm512_min_epi8(a, b); }
@@ -56,8 +64,17 @@ inline I32 min_s8(I32 a, I32 b) { return _mm512_min_epi8(a, b); }
 inline I32 load_u8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// 2W bytes, each in the low 8 bits of a 16-bit word.
+inline I32 load_u8_i16(const uint8_t* p) {
+  return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), otherwise, then);
+}
+// One bit a lane, the first lane's lowest.
+inline uint32_t equal_lanes(I32 a, I32 b) { return _mm512_cmpeq_epi32_mask(a, b); }
+inline I32 if_equal(I32 a, I32 b, I32 then, I32 otherwise) {
+  return _mm512_mask_blend_epi32(_mm512_cmpeq_epi32_mask(a, b), otherwise, then);
 }
 
 inline F32 load_bf16(const uint16_t* p) {
@@ -73,11 +90,33 @@ inline void store_f16(uint16_t* p, F32 x) {
 inline void store_low16(uint16_t* p, I32 x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x));
 }
-// The low 8 bits of every lane of four vectors, in order: 4W bytes.
-inline void store_low8(uint8_t* p, I32 x0, I32 x1, I32 x2, I32 x3) {
-  const I32 lo = _mm512_packus_epi32(x0, x1), hi = _mm512_packus_epi32(x2, x3);
+
+inline F32 bf16_lower(I32 words) { return as_f32(_mm512_unpacklo_epi16(_mm512_setzero_si512(), words)); }
+inline F32 bf16_upper(I32 words) { return as_f32(_mm512_unpackhi_epi16(_mm512_setzero_si512(), words)); }
+inline I32 narrow_i32(I32 a, I32 b) { return _mm512_packs_epi32(a, b); }
+inline I32 narrow_i16(I32 a, I32 b) { return _mm512_packus_epi16(a, b); }
+inline I32 signs_i32(I32 a, I32 b) { return _mm512_packs_epi32(a, b); }
+inline I32 signs_i16(I32 a, I32 b) { return _mm512_packs_epi16(a, b); }
+inline I32 in_order_i32(I32 x) {
   const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  store_i32(p, _mm512_permutexvar_epi32(order, _mm512_packus_epi16(lo, hi)));
+  return _mm512_permutexvar_epi32(order, x);
+}
+inline I32 in_order_i16(I32 x) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), x); }
+
+inline I32 round_i32(F32 x) { return _mm512_cvtps_epi32(x); }  // to nearest even
+template <int S> inline I32 fold_halves(I32 x) { return _mm512_madd_epi16(x, _mm512_set1_epi32(1 << (16 + S) | 256)); }
+
+// Lane r: the largest of row r, by `max` of two vectors.
+template <class Max>
+inline I32 reduce_rows(const I32* rows, Max max) {
+  const auto merge = [&](I32 a, I32 b) { return max(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+  const auto join = [&](I32 a, I32 b) {
+    return max(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+  };
+  I32 four[4];  // rows 4g .. 4g + 3, in every 128-bit lane
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g, rows += 4) four[g] = merge(merge(rows[0], rows[2]), merge(rows[1], rows[3]));
+  return join(join(four[0], four[1]), join(four[2], four[3]));
 }
 
 // The largest lane, as a signed integer.

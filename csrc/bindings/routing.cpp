@@ -1,0 +1,214 @@
+// The gate, permute and unpermute: called from python/moekern/op.py, calls the rows of backends/<device>/registry.cpp.
+#include "moekern/routing.h"
+#include "bindings/tensors.h"
+
+namespace moekern {
+namespace {
+
+constexpr const char *kGate = "moe_gate", *kPermute = "moe_permute", *kUnpermute = "moe_unpermute";
+
+// Ids choose rows, so their values are checked before any kernel: where C++ can read them.
+void check_readable(const char* op, const char* name, int device) {
+  check((device & 0xffff) == dlpack::kCpu, op, ": ", name, " is on an accelerator; its values are checked on the CPU");
+}
+
+// ---- gate --------------------------------------------------------------------------------------------
+
+GateProblem gate_problem(py::handle logits, int64_t topk, bool sigmoid, py::handle correction_bias, int64_t groups,
+                         int64_t kept_groups, int* device) {
+  const View v = view(kGate, "logits", logits);
+  *device = v.device;
+  GateProblem p;
+  p.logits = v.matrix;
+  p.correction_bias = optional_matrix(kGate, "correction_bias", correction_bias, v.device, 1);
+  p.topk = static_cast<int>(topk);
+  p.groups = static_cast<int>(groups);
+  p.kept_groups = static_cast<int>(kept_groups);
+  p.sigmoid = sigmoid;
+  return p;
+}
+
+// (weights, ids): those of `out`, a pair, or new ones where it is None.
+py::tuple prepare_gate(py::handle logits, int64_t topk, bool sigmoid, py::handle correction_bias, int64_t groups,
+                       int64_t kept_groups, float routed_scaling_factor, float mask_value, py::object out) {
+  int device;
+  GateProblem p = gate_problem(logits, topk, sigmoid, correction_bias, groups, kept_groups, &device);
+  check_plain(kGate, "logits", logits);
+  check_plain(kGate, "correction_bias", correction_bias);
+  p.routed_scaling_factor = routed_scaling_factor;
+  p.mask_value = mask_value;
+  check_gate(kGate, p);
+  if (out.is_none())
+    return py::make_tuple(allocate(logits, device, {p.logits.rows, topk}, Dtype::f32),
+                          allocate(logits, device, {p.logits.rows, topk}, Dtype::i32));
+  const py::tuple pair = out;
+  p.weights = matrix(kGate, "out.weights", pair[0], device);
+  check_plain(kGate, "out.weights", pair[0]);
+  p.ids = matrix(kGate, "out.ids", pair[1], device);
+  check_gate_output(kGate, p);
+  return pair;
+}
+
+// A row's scores and selection take about as long as decoding 16 weights an expert.
+constexpr int64_t kGateWork = 16;
+
+void run_gate(const RoutingKernel& kernel, py::handle logits, bool sigmoid, py::handle correction_bias, int64_t groups,
+              int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value, py::handle weights,
+              py::handle ids) {
+  int device;
+  const Matrix chosen = view(kGate, "out.ids", ids).matrix;
+  GateProblem p = gate_problem(logits, chosen.cols, sigmoid, correction_bias, groups, kept_groups, &device);
+  p.renormalize = renormalize;
+  p.routed_scaling_factor = routed_scaling_factor;
+  p.mask_value = mask_value;
+  p.weights = view(kGate, "out.weights", weights).matrix;
+  p.ids = chosen;
+  if (p.logits.rows == 0) return;
+  p.threads = threads_for(p.logits.rows * p.logits.cols * kGateWork);
+  py::gil_scoped_release release;
+  kernel.gate(p);
+}
+
+// ---- permute -----------------------------------------------------------------------------------------
+
+void read_rows(const char* name, py::handle object, Matrix* data, ScaleGrid* grid, int* device) {
+  if (is_scaled(object)) {
+    const Scaled s = scaled(kPermute, name, object);
+    *data = s.data;
+    *grid = s.grid;
+    *device = s.device;
+  } else {
+    const View v = view(kPermute, name, object);
+    *data = v.matrix;
+    *device = v.device;
+  }
+}
+
+PermuteProblem permute_problem(py::handle x, py::handle ids, py::handle expert_map, int64_t alignment, int* device) {
+  PermuteProblem p;
+  read_rows("x", x, &p.x, &p.sx, device);
+  p.ids = matrix(kPermute, "ids", ids, *device);
+  p.expert_map = optional_matrix(kPermute, "expert_map", expert_map, *device, 1);
+  p.alignment = alignment;
+  return p;
+}
+
+// (x, inverse, groups): groups [2, experts] are the starts and counts. x and inverse are those of `out`, a Permuted;
+// where it is None, new ones, x of `rows`.
+py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t alignment, py::handle expert_map,
+                          int64_t rows, py::object out) {
+  int device;
+  PermuteProblem p = permute_problem(x, ids, expert_map, alignment, &device);
+  if (!is_scaled(x)) check_plain(kPermute, "x", x);
+  check_readable(kPermute, "ids", device);
+  check_permute(kPermute, p, experts);
+  py::object groups = allocate(ids, device, {2, experts}, Dtype::i64);
+  const Matrix g = matrix(kPermute, "groups", groups, device);
+  auto* starts = reinterpret_cast<int64_t*>(g.data);
+  const int64_t used = count_experts(p, starts, starts + experts, experts);
+  if (out.is_none()) {
+    check(rows <= INT32_MAX, kPermute, ": ids and alignment take ", rows, " rows; the inverse map counts to 2^31 - 1");
+    const py::object like = is_scaled(x) ? x.attr("data") : py::reinterpret_borrow<py::object>(x);
+    py::object moved = allocate(like, device, {rows, p.x.cols}, p.x.dtype);
+    if (is_scaled(x))
+      moved = runtime().scaled_tensor(moved, allocate(like, device, {rows, p.sx.values.cols}, p.sx.values.dtype),
+                                      x.attr("block"));
+    py::object inverse = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
+    return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
+  }
+  const py::tuple permuted = out;
+  py::object moved = permuted[0], inverse = permuted[2];
+  int out_device;
+  read_rows("out.x", moved, &p.out, &p.sout, &out_device);
+  check(out_device == device, kPermute, ": out.x is on another device than x");
+  if (!is_scaled(moved)) check_plain(kPermute, "out.x", moved);
+  p.inverse = matrix(kPermute, "out.inverse", inverse, device);
+  check_permute_output(kPermute, p, used);
+  return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
+}
+
+void run_permute(const RoutingKernel& kernel, py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
+                 py::handle out_x, py::handle inverse, py::handle starts, py::handle counts) {
+  int device;
+  PermuteProblem p = permute_problem(x, ids, expert_map, alignment, &device);
+  read_rows("out.x", out_x, &p.out, &p.sout, &device);
+  p.inverse = view(kPermute, "out.inverse", inverse).matrix;
+  p.starts = view(kPermute, "starts", starts, 1).matrix;
+  p.counts = view(kPermute, "counts", counts, 1).matrix;
+  p.threads = threads_for(p.ids.rows * p.ids.cols * p.x.cols * size_of(p.x.dtype));
+  py::gil_scoped_release release;
+  kernel.permute(p);
+}
+
+// ---- unpermute ---------------------------------------------------------------------------------------
+
+UnpermuteProblem unpermute_problem(py::handle y, py::handle inverse, py::handle weights, int* device) {
+  const View v = view(kUnpermute, "y", y);
+  *device = v.device;
+  UnpermuteProblem p;
+  p.y = v.matrix;
+  p.inverse = matrix(kUnpermute, "inverse", inverse, v.device);
+  p.weights = optional_matrix(kUnpermute, "weights", weights, v.device);
+  return p;
+}
+
+py::object prepare_unpermute(py::handle y, py::handle inverse, py::handle weights, py::object out,
+                             py::handle out_dtype) {
+  int device;
+  UnpermuteProblem p = unpermute_problem(y, inverse, weights, &device);
+  check_plain(kUnpermute, "y", y);
+  check_plain(kUnpermute, "weights", weights);
+  check_readable(kUnpermute, "inverse", device);
+  check_unpermute(kUnpermute, p);
+  if (out.is_none())
+    return allocate(y, device, {p.inverse.rows, p.y.cols}, dtype_argument(kUnpermute, out_dtype, p.y.dtype));
+  p.out = matrix(kUnpermute, "out", out, device);
+  check_plain(kUnpermute, "out", out);
+  check_unpermute_output(kUnpermute, p);
+  const Dtype wanted = dtype_argument(kUnpermute, out_dtype, p.out.dtype);
+  check<TypeError>(wanted == p.out.dtype, kUnpermute, ": out has dtype ", name_of(p.out.dtype), " but out_dtype is ",
+                   name_of(wanted));
+  return out;
+}
+
+void run_unpermute(const RoutingKernel& kernel, py::handle y, py::handle inverse, py::handle weights, py::handle out) {
+  int device;
+  UnpermuteProblem p = unpermute_problem(y, inverse, weights, &device);
+  p.out = view(kUnpermute, "out", out).matrix;
+  if (p.out.rows == 0 || p.out.cols == 0) return;
+  p.threads = threads_for(p.out.rows * p.out.cols * (p.inverse.cols * size_of(p.y.dtype) + 4));
+  py::gil_scoped_release release;
+  kernel.unpermute(p);
+}
+
+}  // namespace
+
+// [(name, needs, gate, permute, unpermute)]
+py::list routing_rows(const Backend& backend) {
+  py::list rows;
+  for (const RoutingKernel& k : backend.routing) {
+    py::cpp_function gate([&k](py::handle logits, bool sigmoid, py::handle correction_bias, int64_t groups,
+                               int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value,
+                               py::handle weights, py::handle ids) {
+      run_gate(k, logits, sigmoid, correction_bias, groups, kept_groups, renormalize, routed_scaling_factor, mask_value,
+               weights, ids);
+    });
+    py::cpp_function permute([&k](py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
+                                  py::handle out_x, py::handle inverse, py::handle starts, py::handle counts) {
+      run_permute(k, x, ids, alignment, expert_map, out_x, inverse, starts, counts);
+    });
+    py::cpp_function unpermute([&k](py::handle y, py::handle inverse, py::handle weights, py::handle out, py::handle) {
+      run_unpermute(k, y, inverse, weights, out);
+    });
+    rows.append(py::make_tuple(k.name, names_of(k.needs, backend.features), gate, permute, unpermute));
+  }
+  return rows;
+}
+
+void bind_routing(py::module_& m) {
+  m.def("prepare_gate", &prepare_gate);
+  m.def("prepare_permute", &prepare_permute);
+  m.def("prepare_unpermute", &prepare_unpermute);
+}
+
+}  // namespace moekern
