@@ -252,7 +252,8 @@ class Chunk {
         }
         add_bias(rows, gate, j0, cols, a);
         add_bias(rows, up, j0, cols, b);
-        rows.gated(p_.gating, a, b, cols, a);
+        rows.gated(p_.gating, Dtype::f32, reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), cols, a,
+                   0);
         rows.store(h_.dtype, a, cols, h_.at(g.first + i, j0));
         if (j0 + cols == gate.count)  // of an expert that is narrower than others
           std::memset(h_.at(g.first + i, gate.count), 0,
