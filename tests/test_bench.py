@@ -64,7 +64,7 @@ def test_every_case_has_its_limits_and_peers_beside_it(result: dict[str, Any]) -
         peer = row["peers"]["torch-fp32"]
         assert peer["ratio"] == pytest.approx(peer["time"]["median"] / row["time"]["median"])
         assert peer["rms_error"] < 0.02
-    assert {row["op"] for row in result["results"]} == {op.name for op in OPS}
+    assert {row["op"] for row in result["results"]} == {op.name for op in OPS} - {"fused_experts"}
     assert result["machine"]["identity"]["threads"] == 1
     assert "ragged" in result["stdout"] and "GFLOP/s" in result["stdout"]
 

@@ -178,9 +178,12 @@ class _Source(NamedTuple):
 
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(data, scale) of every expert."""
-        if self.stacked:
+        if not self.stacked:
+            return list(zip(self.data, self.scale, strict=True))
+        try:
             return list(zip(self.data[0].unbind(), self.scale[0].unbind(), strict=True))
-        return list(zip(self.data, self.scale, strict=True))
+        except RuntimeError as error:  # whose storage is empty
+            raise ValueError(f"ExpertWeights: {self.name} cannot be read: {error}") from None
 
     def scaled(self, data: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> ScaledTensor:
         try:
@@ -204,8 +207,8 @@ def _source(name: str, value: Matrices, grids: int = 1) -> _Source:
     if not isinstance(value, (tuple, list)) or not value:
         has = "empty" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
         raise TypeError(
-            f"{what} is {has}; it is a stack, as ScaledTensor or (data, scale), or a list of such matrices, one for every "
-            "expert"
+            f"{what} is {has}; it is a stack, as ScaledTensor or (data, scale), or a list of such matrices, one for "
+            "every expert"
         )
     found = [_parts(f"{what}[{e}]", x, grids) for e, x in enumerate(value)]
     for e, (data, _, block) in enumerate(found):

@@ -38,7 +38,8 @@ struct RowOps {
   // dst[i] = x[i] * scale[i / block], `finite` if all scales are; past_caches as in CastPanel.
   void (*dequantize)(Dtype from, Dtype to, const uint8_t* x, const float* scale, int64_t block, bool finite, int64_t n,
                      char* dst, bool past_caches);
-  void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
+  // dst = activation(gate) * up, of f32, f16 or bf16. What is `ahead` bytes further on will be read next.
+  void (*gated)(const Gating&, Dtype, const char* gate, const char* up, int64_t n, float* dst, int64_t ahead);
 };
 
 // c[i, :] += row_scale[i] * scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows; kc is a multiple of

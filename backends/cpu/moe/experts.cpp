@@ -188,7 +188,8 @@ class Chunk {
     if (rows == 0) return;
     const GemmProblem gate = product(x_, sx_, memory_.token_of, first, rows, expert.gate);
     const GemmProblem up = product(x_, sx_, memory_.token_of, first, rows, expert.up);
-    const GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    if (is_quantised(p_)) down.a.dtype = Dtype::e4m3fn;  // by the time it is multiplied
     const bool streamed = streams(isa_, gate) && streams(isa_, up) && streams(isa_, down);
     if (streamed) streamed_rows_ += rows;
     any_packed_ |= !streamed;
@@ -251,7 +252,8 @@ class Chunk {
         }
         add_bias(rows, gate, j0, cols, a);
         add_bias(rows, up, j0, cols, b);
-        rows.gated(p_.gating, a, b, cols, a);
+        rows.gated(p_.gating, Dtype::f32, reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), cols, a,
+                   0);
         rows.store(h_.dtype, a, cols, h_.at(g.first + i, j0));
         if (j0 + cols == gate.count)  // of an expert that is narrower than others
           std::memset(h_.at(g.first + i, gate.count), 0,

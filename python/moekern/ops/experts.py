@@ -223,22 +223,20 @@ def batched_experts(
             f"batched_experts: x has shape {list(x.shape)}; it must be [{experts.num_experts}, rows, "
             f"{experts.hidden_size}]"
         )
-    if isinstance(counts, GroupedLayout):
-        if counts.capacity != x.shape[1]:
-            raise ValueError(
-                f"batched_experts: counts has capacity {counts.capacity}; x has {x.shape[1]} rows for each"
-            )
-        counts = counts.counts
-    if tuple(counts.shape) != (experts.num_experts,) or counts.dtype not in (torch.int32, torch.int64):
+    rows = x.shape[1]
+    try:
+        layout = counts if isinstance(counts, GroupedLayout) else GroupedLayout.from_masked(counts, rows)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"batched_experts: {error}") from None
+    if layout.capacity != rows or len(layout) != len(x):
         raise ValueError(
-            f"batched_experts: counts has shape {list(counts.shape)} and dtype {counts.dtype}; it must be "
-            f"[{experts.num_experts}] int32 or int64"
+            f"batched_experts: counts is of {len(layout)} experts and capacity {layout.capacity}; x has {len(x)} with "
+            f"{rows} rows"
         )
     if out is not None and (out.shape != x.shape or not out.is_contiguous()):
         raise ValueError(f"batched_experts: out has shape {list(out.shape)}; it must be {list(x.shape)}, contiguous")
-    rows = x.shape[1]
     expert = torch.arange(experts.num_experts, device=x.device).unsqueeze(1)
-    ids = torch.where(torch.arange(rows, device=x.device) < counts.unsqueeze(1), expert, -1)
+    ids = torch.where(torch.arange(rows, device=x.device) < layout.counts.unsqueeze(1), expert, -1)
     flat = None if out is None else out.flatten(0, 1)
     result = fused_experts(x.flatten(0, 1), experts, ids.reshape(-1, 1), out=flat, **options)
     return result.view(x.shape) if out is None else out
