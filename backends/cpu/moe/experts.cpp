@@ -188,7 +188,8 @@ class Chunk {
     if (rows == 0) return;
     const GemmProblem gate = product(x_, sx_, memory_.token_of, first, rows, expert.gate);
     const GemmProblem up = product(x_, sx_, memory_.token_of, first, rows, expert.up);
-    const GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    if (is_quantised(p_)) down.a.dtype = Dtype::e4m3fn;  // by the time it is multiplied
     const bool streamed = streams(isa_, gate) && streams(isa_, up) && streams(isa_, down);
     if (streamed) streamed_rows_ += rows;
     any_packed_ |= !streamed;
@@ -251,7 +252,8 @@ class Chunk {
         }
         add_bias(rows, gate, j0, cols, a);
         add_bias(rows, up, j0, cols, b);
-        rows.gated(p_.gating, a, b, cols, a);
+        rows.gated(p_.gating, Dtype::f32, reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), cols, a,
+                   0);
         rows.store(h_.dtype, a, cols, h_.at(g.first + i, j0));
         if (j0 + cols == gate.count)  // of an expert that is narrower than others
           std::memset(h_.at(g.first + i, gate.count), 0,
@@ -263,14 +265,16 @@ class Chunk {
   // The chunk's rows of x for the experts that are streamed; row i is that of token x_first_ + i.
   StreamedActivations streamed_x() const {
     if (!streamed_rows_) return {};
-    const int64_t first = first_ - x_first_, bytes = streamed_bytes(tokens_, hidden());
-    StreamedActivations x = streamed_activations(tokens_, hidden(), scratch_of<char>(Slot::shared_a, bytes));
+    const int64_t first = first_ - x_first_, bytes = streamed_bytes(*isa_.stream, tokens_, hidden());
+    StreamedActivations x =
+        streamed_activations(*isa_.stream, tokens_, hidden(), scratch_of<char>(Slot::shared_a, bytes));
     GemmProblem all;
     all.a = x_;
     all.sa = sx_;
     parallel_for(p_.threads, tokens_, [&](int64_t i) { stream_activations(*isa_.stream, all, first + i, x, i); });
-    x.values -= first * x.k_padded;
+    x.values -= first * x.k_padded * size_of(isa_.stream->stream->panel);
     x.exponents -= first;
+    if (x.row_scales) x.row_scales -= first * (x.k_padded / kBlock);
     return x;
   }
 
@@ -280,13 +284,13 @@ class Chunk {
     char* memory = nullptr;
     if (streamed_rows_) {
       const auto most = static_cast<int64_t>(groups_.size());
-      memory = scratch_of<char>(Slot::shared_a, streamed_bytes(streamed_rows_, h_.cols) + 64 * most);
+      memory = scratch_of<char>(Slot::shared_a, streamed_bytes(*isa_.stream, streamed_rows_, h_.cols) + 64 * most);
     }
     for (const Group& g : groups_) {
       parts.push_back({&g.down, 0, g.rows, g.streamed, {}});
       if (!g.streamed) continue;
-      parts.back().activations = streamed_activations(g.rows, g.down.k(), memory);
-      memory += round_up(streamed_bytes(g.rows, g.down.k()), 64);
+      parts.back().activations = streamed_activations(*isa_.stream, g.rows, g.down.k(), memory);
+      memory += round_up(streamed_bytes(*isa_.stream, g.rows, g.down.k()), 64);
     }
     if (streamed_rows_)
       parallel_for(p_.threads, static_cast<int64_t>(parts.size()), [&](int64_t at) {

@@ -27,6 +27,7 @@ struct Panel {
 };
 
 struct PlainInput {
+  static constexpr bool kInPlace = true;
   const RowOps& rows;
   const Matrix& x;
   Source source(const Panel& p, const Panel& next) const {
@@ -41,25 +42,41 @@ struct PlainInput {
 
 // silu(gate) * up
 struct GatedInput {
+  static constexpr bool kInPlace = false;
   const RowOps& rows;
   const Matrix& x;
-  Source source(const Panel& p, const Panel&) const {
-    float* gate = scratch_of<float>(Slot::own_b, 2 * p.cols);
-    float* up = gate + p.cols;
-    load_row(rows, x, p.i0, p.j0, p.cols, gate);
-    load_row(rows, x, p.i0, x.cols / 2 + p.j0, p.cols, up);
-    rows.gated(Gating{}, gate, up, p.cols, gate);
-    const auto* data = reinterpret_cast<const char*>(gate);
+  Source source(const Panel& p, const Panel& next) const {
+    float* y = scratch_of<float>(Slot::own_b, 3 * p.cols);
+    const char *gate = x.at(p.i0, p.j0), *up = x.at(p.i0, x.cols / 2 + p.j0);
+    Dtype dtype = x.dtype;
+    int64_t ahead = x.at(next.i0, next.j0) - gate;
+    if (x.col_stride != 1) {
+      float *gates = y + p.cols, *ups = gates + p.cols;
+      load_row(rows, x, p.i0, p.j0, p.cols, gates);
+      load_row(rows, x, p.i0, x.cols / 2 + p.j0, p.cols, ups);
+      gate = reinterpret_cast<const char*>(gates);
+      up = reinterpret_cast<const char*>(ups);
+      dtype = Dtype::f32;
+      ahead = 0;
+    }
+    rows.gated(Gating{}, dtype, gate, up, p.cols, y, ahead);
+    const auto* data = reinterpret_cast<const char*>(y);
     return {Dtype::f32, data, 0, data};
   }
 };
 
-// Whether codes bypass the caches: a store that does not saves reading the line it writes to. Less than this
-// may still be in a cache when the next op wants it.
-bool past_caches(const Matrix& q) {
+// Whether an output bypasses the caches: a store that does not saves reading the line it writes to. Less than
+// this may still be in a cache when the next op wants it.
+bool past_caches(const Matrix& out) {
   constexpr int64_t kBytes = 4 << 20;
-  const bool aligned = (reinterpret_cast<uintptr_t>(q.data) | static_cast<uintptr_t>(q.row_stride)) % 64 == 0;
-  return aligned && q.rows * q.cols >= kBytes;
+  const int64_t stride = out.row_stride * size_of(out.dtype);
+  const bool aligned = (reinterpret_cast<uintptr_t>(out.data) | static_cast<uintptr_t>(stride)) % 64 == 0;
+  return aligned && out.rows * out.cols * size_of(out.dtype) >= kBytes;
+}
+
+// Before another thread may see what was written so.
+void settle(bool past_caches) {
+  if (past_caches) __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
 template <class Input>
@@ -67,7 +84,7 @@ void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
   // What is read twice stays in L1 meanwhile, or in L2 where blocks are 128 rows tall, beside what is next.
   const int64_t height = p.scale.block_rows, widest = height == 1 ? kWidestCast : 512;
   const int64_t width = round_up(ceil_div(p.q.cols, ceil_div(p.q.cols, widest)), kBlock);
-  const int64_t cols = height == 1 ? p.q.cols : width, across = ceil_div(p.q.cols, cols);
+  const int64_t cols = height == 1 && Input::kInPlace ? p.q.cols : width, across = ceil_div(p.q.cols, cols);
   const int64_t total = ceil_div(p.q.rows, height) * across;
   const bool past = past_caches(p.q);
   const auto panel = [&](int64_t t) {
@@ -96,7 +113,7 @@ void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
       c.past_caches = past;
       rows.cast_panel(source.dtype, p.q.dtype, c);
     }
-    if (past) __atomic_thread_fence(__ATOMIC_SEQ_CST);  // before another thread may see the codes
+    settle(past);
   });
 }
 
@@ -108,14 +125,30 @@ void silu_mul_cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast(rows,
 
 void dequantize(const RowOps& rows, const CastProblem& p) {
   constexpr int64_t kRowsPerTask = 16;
+  const int64_t cols = p.q.cols, block = std::min(p.scale.block_cols, cols), blocks = ceil_div(cols, block);
+  const bool past = past_caches(p.x);
   parallel_for(p.threads, ceil_div(p.q.rows, kRowsPerTask), [&](int64_t task) {
-    float* values = scratch_of<float>(Slot::row, p.q.cols);
+    float* scales = scratch_of<float>(Slot::row, blocks);
+    auto* codes = scratch_of<uint8_t>(Slot::own_b, cols);
+    int64_t scales_row = -1;
+    bool finite = true;
     for (int64_t i = task * kRowsPerTask; i < std::min((task + 1) * kRowsPerTask, p.q.rows); ++i) {
-      load_row(rows, p.q, i, 0, p.q.cols, values);
-      for (int64_t j = 0; j < p.q.cols; j += p.scale.block_cols)
-        rows.scale(values + j, scale_of(p.scale, i, j), std::min(p.scale.block_cols, p.q.cols - j), values + j);
-      rows.store(p.x.dtype, values, p.q.cols, p.x.at(i, 0));
+      if (i / p.scale.block_rows != scales_row) {
+        scales_row = i / p.scale.block_rows;
+        finite = true;
+        for (int64_t b = 0; b < blocks; ++b) {
+          scales[b] = scale_of(p.scale, i, b * block);
+          finite &= scales[b] - scales[b] == 0.f;
+        }
+      }
+      const auto* x = reinterpret_cast<const uint8_t*>(p.q.at(i, 0));
+      if (p.q.col_stride != 1) {
+        for (int64_t j = 0; j < cols; ++j) codes[j] = x[j * p.q.col_stride];
+        x = codes;
+      }
+      rows.dequantize(p.q.dtype, p.x.dtype, x, scales, block, finite, cols, p.x.at(i, 0), past);
     }
+    settle(past);
   });
 }
 

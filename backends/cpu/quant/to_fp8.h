@@ -13,7 +13,10 @@ namespace {
 // ---- magnitudes --------------------------------------------------------------------------------------
 
 // They compare like integers, and NaN is above infinity. bf16's and f16's do so too, two in a lane.
-inline I32 magnitude_of(F32 x) { return bit_and(bits(x), set1_i32(0x7fffffffu)); }
+template <class V>
+inline auto magnitude_of(V x) {
+  return bit_and(bits(x), set1_i32(0x7fffffffu));
+}
 
 template <Dtype F> struct Magnitudes {
   static constexpr int kCount = 2 * W;  // elements in a vector

@@ -67,6 +67,10 @@ inline I32 min_s8(I32 a, I32 b) { return _mm256_min_epi8(a, b); }
 inline I32 load_u8(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
+// 2W bytes, each in the low 8 bits of a 16-bit word.
+inline I32 load_u8_i16(const uint8_t* p) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) {
   return _mm256_blendv_epi8(otherwise, then, bits(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
 }

@@ -76,6 +76,8 @@ inline I32 load_u8(const uint8_t* p) {
   __builtin_memcpy(&bytes, p, sizeof bytes);
   return vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bytes))));
 }
+// 2W bytes, each in the low 8 bits of a 16-bit word.
+inline I32 load_u8_i16(const uint8_t* p) { return from_words(vmovl_u8(vld1_u8(p))); }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return vbslq_u32(vceqq_f32(x, x), otherwise, then); }
 // One bit a lane, the first lane's lowest.
 inline uint32_t equal_lanes(I32 a, I32 b) {

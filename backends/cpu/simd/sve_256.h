@@ -79,6 +79,8 @@ inline I32 min_s8(I32 a, I32 b) {
 
 // W bytes, each in the low 8 bits of a lane.
 inline I32 load_u8(const uint8_t* p) { return svld1ub_u32(all(), p); }
+// 2W bytes, each in the low 8 bits of a 16-bit word.
+inline I32 load_u8_i16(const uint8_t* p) { return from_words(svld1ub_u16(all(), p)); }
 inline I32 if_nan(F32 x, I32 then, I32 otherwise) { return svsel_u32(svcmpuo_f32(all(), x, x), then, otherwise); }
 // One bit a lane, the first lane's lowest.
 inline uint32_t equal_lanes(I32 a, I32 b) {
