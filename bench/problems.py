@@ -108,6 +108,7 @@ BLOCKS = {
     "per_block_cast_to_fp8": (128, 128),
     "per_channel_cast_to_fp8": (128, 1),
 }
+OP_NAMES = ("fp8_gemm_nt", *BLOCKS, "dequantize")  # what a linear layer is made of
 OF_WEIGHTS = ("per_block_cast_to_fp8", "per_channel_cast_to_fp8", "dequantize")  # their rows are n, not m
 
 

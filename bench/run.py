@@ -24,10 +24,9 @@ from stock import Stock
 from suites import Linear
 
 import moekern
-from moekern.ops import OPS
 from moekern.testing.moe_models import LAYERS
 
-OP_NAMES = [op.name for op in OPS if op.name != "fused_experts"]  # whose benchmark is of whole layers: --op moe
+OP_NAMES = list(problems.OP_NAMES)
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
 QUICK_MOE_PEERS = "torch-loop-bf16"
 MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
