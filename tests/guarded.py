@@ -13,9 +13,10 @@ import sys
 import torch
 
 import moekern
-from moekern import NotSupported, ScaledTensor
-from moekern.testing import cases
+from moekern import GroupedWeights, NotSupported, ScaledTensor
+from moekern.testing import cases, grouped_cases
 from moekern.testing.cases import Gemm
+from moekern.testing.grouped_cases import KGrouped, MGrouped
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -28,6 +29,13 @@ CASES = [
     *(Gemm(m, 33, 131, layout_a="columns", layout_b="columns") for m in (1, 20)),
     Gemm(3, 33, 131, a="e5m2", b="e4m3fnuz", scale="ue8m0"),
 ]
+
+GROUPED = [
+    *(MGrouped((1, 0, 20, 5), 33, 127, a=a, capacity=c, separate=s)
+      for a in ("bf16", "e4m3fn") for c in (None, 20) for s in (False, True)),
+    KGrouped((128, 0, 70), 33, 65),
+    KGrouped((5,), 20, 31, a="bf16", alignment=1),
+]  # fmt: skip
 
 
 def fenced(x: torch.Tensor, at_end: bool) -> torch.Tensor:
@@ -55,6 +63,12 @@ def fence(x: torch.Tensor | ScaledTensor | None, at_end: bool) -> torch.Tensor |
     return None if x is None else fenced(x, at_end)
 
 
+def fence_weights(x: ScaledTensor | GroupedWeights, at_end: bool) -> ScaledTensor | GroupedWeights:
+    if isinstance(x, GroupedWeights):
+        return GroupedWeights([fence(x.group(g), at_end) for g in range(len(x))])
+    return fence(x, at_end)
+
+
 def main() -> None:
     assert sys.stdout is not None
     device = moekern.devices()[0]
@@ -70,6 +84,24 @@ def main() -> None:
                 with moekern.use(kernel={"fp8_gemm_nt": kernel.name}, num_threads=2):
                     try:
                         moekern.fp8_gemm_nt(a, b, c, bias, out)
+                    except NotSupported:
+                        continue
+    for case in GROUPED:
+        for at_end in (True, False):
+            if isinstance(case, KGrouped):
+                a, b, layout, _, out = grouped_cases.k_grouped_operands(case)
+                call = fence(a, at_end), fence(b, at_end), layout, None, fence(out, at_end)
+            else:
+                a, b, layout = grouped_cases.m_grouped_operands(case)
+                out = grouped_cases.m_grouped_output(case, layout)
+                call = fence(a, at_end), fence_weights(b, at_end), layout, fence(out, at_end)
+            for kernel in case.op.kernels:
+                if kernel.lacks(device):
+                    continue
+                print(case.op.name, kernel.name, case, "at the end" if at_end else "at the beginning", flush=True)
+                with moekern.use(kernel={case.op.name: kernel.name}, num_threads=2):
+                    try:
+                        case.op(*call)
                     except NotSupported:
                         continue
     x = torch.randn(5, 300)

@@ -7,6 +7,7 @@ Build with `cmake --workflow --preset aarch64` (g++-aarch64-linux-gnu, qemu-user
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import signal
@@ -18,8 +19,9 @@ from typing import Any
 import torch
 from executors import Executor
 
-from moekern import Device, ExpertWeights, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern import Device, ExpertWeights, GroupedLayout, Kernel, NotSupported, Op, ScaledTensor, ops
 from moekern.ops.experts import ACTIVATIONS
+from moekern.testing.grouped_cases import products, rows_of
 
 BUILD = Path(__file__).parents[1] / "build"
 # 32-byte vectors: what sve_256 kernels are compiled for. The emulator's own default is 64.
@@ -32,6 +34,11 @@ CASTS = (
     ops.per_channel_cast_to_fp8,
     ops.silu_mul_cast_to_fp8,
     ops.dequantize,
+)
+GROUPED = (
+    ops.m_grouped_fp8_gemm_nt_contiguous,
+    ops.m_grouped_fp8_gemm_nt_masked,
+    ops.k_grouped_fp8_gemm_tn_contiguous,
 )
 TIMEOUT = 120  # seconds for one call: a deadlock must end
 
@@ -66,7 +73,7 @@ class Runner:
 
     def kernels(self, op: Op) -> list[Kernel]:
         """The runner's kernels for `op`, best first, taking the spec's parameters in order."""
-        family = "cast" if op in CASTS else op.name
+        family = "cast" if op in CASTS else "grouped" if op in GROUPED else op.name
         return [
             Kernel(
                 name,
@@ -77,7 +84,7 @@ class Runner:
                 for_few_rows=name.endswith("_stream"),
             )
             for found, name, needs in self._rows
-            if found == family
+            if found == family and not (op is ops.k_grouped_fp8_gemm_tn_contiguous and name.endswith("_stream"))
         ]
 
     def close(self) -> None:
@@ -167,7 +174,7 @@ class _Exchange:
 
 
 class _Memory:
-    """The bytes of a tensor from its first to its last element, whatever lies between."""
+    """The bytes of a tensor from its first to its last element, whatever lies between: another tensor's, too."""
 
     def __init__(self, tensor: torch.Tensor, writable: bool) -> None:
         elements = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -176,9 +183,15 @@ class _Memory:
         self.writable = writable
         self.bytes = self.view.numel()
 
+    def sent(self) -> bytes:
+        self.before = self.view.clone()
+        return self.before.numpy().tobytes()
+
     def write_back(self, data: bytes) -> None:
         if data:
-            self.view.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            after = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            written = after != self.before
+            self.view[written] = after[written]
 
 
 class _Request:
@@ -191,15 +204,27 @@ class _Request:
         self.memories: list[_Memory] = []
         self._memory_at: dict[int, int] = {}
         named = dict(zip(op.params, args, strict=True))
-        self._add("out", named.pop("out"), writable=True)
+        if op in GROUPED:
+            for g, product in enumerate(_products(op, **named)):
+                self._add_all(f"{g}.", product)
+        else:
+            self._add_all("", named)
+
+    def _add_all(self, prefix: str, named: dict[str, Any]) -> None:
+        out = named.pop("out")
+        outputs = {f"out.{k}": v for k, v in out._asdict().items()} if isinstance(out, tuple) else {"out": out}
+        for name, value in outputs.items():
+            self._add(prefix + name, value, writable=True)
         for name, value in named.items():
             if isinstance(value, (torch.Tensor, ScaledTensor)):
-                self._add(name, value, writable=name == "workspace")
+                self._add(prefix + name, value, writable=name == "workspace")
             elif isinstance(value, ExpertWeights):
                 self._add_experts(name, value)
             elif name == "activation":
                 self.options.append(f"activation {ACTIVATIONS.index(value)}")
-            elif isinstance(value, (bool, int, float)):
+            elif name == "scoring":
+                self.options.append(f"sigmoid {int(value == 'sigmoid')}")
+            elif isinstance(value, (bool, int, float)) and math.isfinite(value):  # infinity is what an absent one means
                 self.options.append(f"{name} {float(value)!r}")
 
     def _add_experts(self, name: str, experts: ExpertWeights) -> None:
@@ -217,7 +242,10 @@ class _Request:
             self.options.append(f"{name}.{key} {value}")
 
     def _add(self, name: str, value: torch.Tensor | ScaledTensor, writable: bool) -> None:
-        if isinstance(value, ScaledTensor):
+        if isinstance(value, GroupedLayout):
+            self._add_matrix(f"{name}.starts", value.starts, (1, 1), False)
+            self._add_matrix(f"{name}.counts", value.counts, (1, 1), False)
+        elif isinstance(value, ScaledTensor):
             self._add_matrix(name, value.data, (1, 1), writable)
             self._add_matrix(f"{name}.scale", value.scale, value.block, writable)
         else:
@@ -238,8 +266,23 @@ class _Request:
         head = " ".join(map(str, (verb, self.op, kernel, *counts)))
         parts = ["\n".join([head, *self.options, *self.lines, ""]).encode()]
         for memory in self.memories:
-            parts += [f"{memory.bytes} {int(memory.writable)}\n".encode(), memory.view.numpy().tobytes(), b"\n"]
+            parts += [f"{memory.bytes} {int(memory.writable)}\n".encode(), memory.sent(), b"\n"]
         return b"".join(parts)
+
+
+def _products(
+    op: Op, a: Any, b: Any, layout: GroupedLayout, out: torch.Tensor, c: torch.Tensor | None = None, **_: Any
+) -> list[dict[str, Any]]:
+    """Every group's product, as fp8_gemm_nt would have it."""
+    if op is ops.k_grouped_fp8_gemm_tn_contiguous:
+        parts = [(rows_of(a, rows).T, rows_of(b, rows).T) for rows in layout.slices()]
+        return [
+            {"a": left, "b": right, "c": None if c is None else c[g], "out": out[g]}
+            for g, (left, right) in enumerate(parts)
+        ]
+    rows = layout.slices() if layout.capacity is None else [slice(0, n) for n in layout.counts.tolist()]
+    outs = [(out if layout.capacity is None else out[g])[part] for g, part in enumerate(rows)]
+    return [{"a": left, "b": right, "out": d} for (left, right), d in zip(products(a, b, layout), outs, strict=True)]
 
 
 # ---- what has been built -------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=60)
 @given(problem=problems())
 def test_any_permutation(executor: executors.Executor, problem: dict[str, Any]) -> None:
-    """Counts add up, starts are aligned, rows of an expert are in the order of the tokens and slots, padding is zero."""
+    """Counts add up, starts are aligned, an expert's rows are in the order of the slots, padding is zero."""
     if executor.absent:
         pytest.skip(f"{executor.name} {executor.absent}")
     ids, experts, alignment = problem["ids"], problem["experts"], problem["alignment"]

@@ -103,8 +103,8 @@ class Checkpoint:
         scale = next((s for s in _SCALES if f"{name}.{s}" in self._file_of), None)
         if scale is None or weight.dtype not in FORMATS:
             raise TypeError(
-                f"{self.path}: {name}.weight has dtype {weight.dtype} and {'no' if scale is None else 'a'} scale; experts "
-                f"are {', '.join(map(str, FORMATS))} with {' or '.join(_SCALES)}"
+                f"{self.path}: {name}.weight has dtype {weight.dtype} and {'no' if scale is None else 'a'} scale; "
+                f"experts are {', '.join(map(str, FORMATS))} with {' or '.join(_SCALES)}"
             )
         values = self.tensor(f"{name}.{scale}")
         return weight, values.to(torch.float32) if values.is_floating_point() and values.itemsize > 1 else values

@@ -9,9 +9,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from moekern import _C
-from moekern.scaled import FORMATS, ScaledTensor, as_tensor, infer_block
+from moekern.scaled import FORMATS, ScaledTensor, as_scaled, as_tensor, infer_block
 
-Matrices = Any  # a stack (data [E, rows, columns], scale[, block]), or a matrix (data, scale) for every expert
+_NEEDED = (
+    f"experts are {', '.join(map(str, FORMATS))} with scales, as moekern.per_block_cast_to_fp8 makes them of others"
+)
+Matrices = Any  # a stack, as ScaledTensor or (data, scale), or a matrix of that kind for every expert
 
 
 class Expert(NamedTuple):
@@ -28,21 +31,24 @@ class Expert(NamedTuple):
 class ExpertWeights:
     """The FP8 weights of a Mixture-of-Experts layer: a gate, an up and a down projection of every expert.
 
-    w13: gate over up, [2 I, H] of every expert: a stack (data [E, 2 I, H], scale [E, ...]), or a list of E
-        ScaledTensors or (data, scale) pairs. Formats e4m3fn, e5m2 and e4m3fnuz; scales float32 or ue8m0 in any
-        grid that a ScaledTensor takes. A stack's block is inferred, unless it is (data, scale, block).
+    w13: gate over up, [2 I, H] of every expert: a stack, ScaledTensor [E, 2 I, H] or (data, scale), or a list of E
+        ScaledTensors or (data, scale) pairs. Formats e4m3fn, e5m2 and e4m3fnuz; scales float32 or ue8m0, in any
+        grid that a ScaledTensor takes.
     w2: down, [H, I] of every expert, likewise.
     b13, b2: biases [E, 2 I] and [E, H] in float32, float16 or bfloat16, or lists of one vector for every expert.
     interleaved: rows 0, 2, ... of w13 and b13 are gate, rows 1, 3, ... are up (gpt-oss).
-    split_scales: gate and up have scale grids of their own, one above the other: with I = 192, two rows of
-        128x128 blocks each, where one grid for both has three.
+    split_scales: gate and up have scale grids of their own, one above the other, in (data, scale): with I = 192, two
+        rows of 128x128 blocks each, where one grid for both has three.
 
-    `ExpertWeights.separate` takes gate and up in matrices of their own. Nothing is copied: the tensors are kept,
-    and read where they lie, in a mapped file too. All experts have one format, block and scale dtype, and so
-    have gate and up. Raises ValueError or TypeError naming the argument.
+    `ExpertWeights.separate` takes gate and up in matrices of their own. Nothing is copied: weights are read where
+    they lie, in a mapped file too, and kept as they are now, even if their owners are given other memory. All
+    experts have one format, block and scale dtype, and so have gate and up.
+
+    Raises ValueError or TypeError naming the argument.
     """
 
     alive: ClassVar[WeakValueDictionary[int, ExpertWeights]] = WeakValueDictionary()  # by id(tensors[0])
+    table: _C.ExpertTable | None  # addresses for native kernels; None under a compiler, which has none
 
     def __init__(
         self,
@@ -76,59 +82,67 @@ class ExpertWeights:
     def from_tensors(cls, tensors: Sequence[torch.Tensor], layout: Sequence[int]) -> ExpertWeights:
         """The weights whose `tensors` and `layout` these are: in that form they pass through torch.library."""
         rest, flags = iter(tensors), iter(layout)
-        interleaved, b13, b2 = next(flags), next(flags), next(flags)
-        names = ("w13", "w2") if len(layout) == 11 else ("gate", "up", "down")
+        interleaved, b13, b2, parts = (next(flags) for _ in range(4))
         sources = []
-        for name in names:
+        for name in ("w13", "w2") if parts == 2 else ("gate", "up", "down"):
             count, rows, columns, grids = (next(flags) for _ in range(4))
             data, scale = ([next(rest) for _ in range(count)] for _ in range(2))
             sources.append(_Source(name, data, scale, (rows, columns), grids))
+        of_w13, of_w2 = ([next(rest) for _ in range(count)] for count in (b13, b2))
         self = cls.__new__(cls)
-        biases = [[next(rest) for _ in range(count)] for count in (b13, b2)]
-        self._build(tuple(sources), *biases, interleaved=bool(interleaved))
+        self._build(tuple(sources), of_w13, of_w2, bool(interleaved))
         return self
+
+    def __repr__(self) -> str:
+        first = self._projections[0][0]
+        return (
+            f"ExpertWeights({self.num_experts} experts of {self.hidden_size} x {self.intermediate_size}, "
+            f"{first.format} in blocks of {first.block})"
+        )
 
     def projections(self) -> list[tuple[tuple[ScaledTensor, torch.Tensor | None], ...]]:
         """(matrix, bias) of every expert's gate, up and down. up begins in row `up_first` of its matrix."""
-        biases = (b or [None] * self.num_experts for b in self._biases)
+        none = [None] * self.num_experts
         columns = [
-            zip(matrices, bias, strict=True)
-            for matrices, bias in zip((self._gate, self._up, self._down), biases, strict=True)
+            list(zip(matrices, biases or none, strict=True))
+            for matrices, biases in zip(self._projections, self._biases, strict=True)
         ]
         return list(zip(*columns, strict=True))
 
     def expert(self, index: int) -> Expert:
         """The values of one expert, for references."""
-        gate, up, down = (matrices[index].to_float64() for matrices in (self._gate, self._up, self._down))
+        gate, up, down = (matrices[index].to_float64() for matrices in self._projections)
+        biases = (None if b is None else b[index].to(torch.float64) for b in self._biases)
         size = self.intermediate_size
-        biases = [None if b is None else b[index].to(torch.float64) for b in self._biases]
         return Expert(gate[:size], up[self.up_first : self.up_first + size], down, *biases)
 
     def _build(
         self, sources: tuple[_Source, ...], b13: list[torch.Tensor], b2: list[torch.Tensor], interleaved: bool
     ) -> None:
-        first = sources[0]
+        first, down = sources[0], sources[-1]
         rows, hidden = first.shape
         halves = 2 if len(sources) == 2 else 1
         if not rows or not hidden or rows % halves:
             raise ValueError(
-                f"ExpertWeights: {first.name} has shape {[rows, hidden]}; its matrices need columns and "
-                f"{'an even number of' if halves == 2 else ''} rows"
+                f"ExpertWeights: {first.name} has matrices of shape {[rows, hidden]}; they need columns and "
+                f"{'an even number of ' if halves == 2 else ''}rows"
             )
         size = rows // halves
         for source in sources:
-            source.check(first, (hidden, size) if source is sources[-1] else (rows, hidden))
+            source.check(first, (hidden, size) if source is down else (rows, hidden))
         self.num_experts, self.hidden_size, self.intermediate_size = first.experts, hidden, size
-        self._gate, self._up, self.up_first = _gate_and_up(sources, interleaved)
-        self._down = sources[-1].matrices()
-        of_gate, of_up = _halves(_each("b13", b13, self.num_experts, 2 * size), size, interleaved)
-        self._biases = of_gate, of_up, _each("b2", b2, self.num_experts, hidden)
-        names = (first.name, sources[-2].name, sources[-1].name)
-        self.table = _C.ExpertTable(names, self._gate, self._up, self._down, *self._biases, self.up_first, size, hidden)
+        gate, up, self.up_first = _gate_and_up(sources, interleaved)
+        self._projections = gate, up, down.matrices()
+        each = [_each("b13", b13, self.num_experts, 2 * size), _each("b2", b2, self.num_experts, hidden)]
+        self._biases = *_halves(each[0], size, interleaved), each[1]
         self.tensors = [t for source in sources for t in (*source.data, *source.scale)] + b13 + b2
         grids = [x for source in sources for x in (len(source.data), *source.block, source.grids)]
-        self.layout = (int(interleaved), len(b13), len(b2), *grids)
-        ExpertWeights.alive[id(self.tensors[0])] = self
+        self.layout = (int(interleaved), len(b13), len(b2), len(sources), *grids)
+        self.table = None
+        if not torch.compiler.is_compiling() and type(self.tensors[0]) is torch.Tensor:
+            names = (first.name, sources[-2].name, down.name)
+            self.table = _C.ExpertTable(names, *self._projections, *self._biases, self.up_first, size, hidden)
+            ExpertWeights.alive[id(self.tensors[0])] = self
 
 
 class _Source(NamedTuple):
@@ -159,14 +173,17 @@ class _Source(NamedTuple):
         for data in self.data:
             if tuple(data.shape[-2:]) != shape:
                 raise ValueError(
-                    f"ExpertWeights: {self.name} has a matrix of shape {list(data.shape[-2:])}; it must be {list(shape)}"
+                    f"ExpertWeights: {self.name} has a matrix of shape {list(data.shape[-2:])}; {list(shape)} is needed"
                 )
 
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(data, scale) of every expert."""
-        if self.stacked:
+        if not self.stacked:
+            return list(zip(self.data, self.scale, strict=True))
+        try:
             return list(zip(self.data[0].unbind(), self.scale[0].unbind(), strict=True))
-        return list(zip(self.data, self.scale, strict=True))
+        except RuntimeError as error:  # whose storage is empty
+            raise ValueError(f"ExpertWeights: {self.name} cannot be read: {error}") from None
 
     def scaled(self, data: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> ScaledTensor:
         try:
@@ -178,6 +195,67 @@ class _Source(NamedTuple):
         return [self.scaled(data, scale, self.block) for data, scale in self.pairs()]
 
 
+def _source(name: str, value: Matrices, grids: int = 1) -> _Source:
+    what = f"ExpertWeights: {name}"
+    if _is_one(value):
+        data, scale, block = _parts(what, value, grids)
+        if data.dim() != 3 or not len(data):
+            raise ValueError(f"{what} has shape {list(data.shape)}; a stack is [experts, rows, columns]")
+        return _Source(name, [data], [scale], block, grids)
+    if isinstance(value, torch.Tensor):
+        raise TypeError(f"{what} is a tensor of {value.dtype} without scales; {_NEEDED}")
+    if not isinstance(value, (tuple, list)) or not value:
+        has = "empty" if isinstance(value, (tuple, list)) else f"a {type(value).__name__}"
+        raise TypeError(
+            f"{what} is {has}; it is a stack, as ScaledTensor or (data, scale), or a list of such matrices, one for "
+            "every expert"
+        )
+    found = [_parts(f"{what}[{e}]", x, grids) for e, x in enumerate(value)]
+    for e, (data, _, block) in enumerate(found):
+        if data.dim() != 2 or block != found[0][2]:
+            raise ValueError(
+                f"{what}[{e}] has shape {list(data.shape)} and blocks of {block}; in a list every expert is a matrix, "
+                f"and all have blocks of {found[0][2]}"
+            )
+    return _Source(name, [data for data, *_ in found], [scale for _, scale, _ in found], found[0][2], grids)
+
+
+def _is_one(value: Any) -> bool:
+    """Whether this is a (data, scale) of some kind, not a list of them."""
+    if isinstance(value, ScaledTensor):
+        return True
+    return (
+        isinstance(value, (tuple, list)) and len(value) == 2 and not isinstance(value[0], (ScaledTensor, tuple, list))
+    )
+
+
+def _parts(what: str, value: Any, grids: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
+    """(data, scale, block) of a matrix or of a stack, aliases that keep their memory."""
+    if not _is_one(value):
+        raise TypeError(f"{what} is a {type(value).__name__}; it is a ScaledTensor or a (data, scale) pair")
+    if isinstance(value, ScaledTensor):
+        if grids == 2:
+            raise TypeError(f"{what} is a ScaledTensor, which has one scale grid; split_scales takes (data, scale)")
+        return value.data.detach(), value.scale.detach(), value.block
+    data, scale = as_tensor(value[0], what).detach(), as_tensor(value[1], f"{what}.scale").detach()
+    if data.dtype not in FORMATS:
+        raise TypeError(f"{what} has dtype {data.dtype}; {_NEEDED}")
+    if data.dim() == 3 and scale.dim() in (1, 2):  # a scale for every expert, or for each of its rows
+        scale = scale.reshape(*scale.shape, *[1] * (3 - scale.dim()))
+    if grids == 1:
+        x = as_scaled((data, scale), what)
+        return x.data, x.scale, x.block
+    rows, columns = data.shape[-2:]
+    if data.dim() != scale.dim() or data.shape[:-2] != scale.shape[:-2] or rows % grids or scale.shape[-2] % grids:
+        raise ValueError(
+            f"{what} has shape {list(data.shape)} and scale {list(scale.shape)}; each half of the rows needs a grid"
+        )
+    try:
+        return data, scale, infer_block((rows // grids, columns), (scale.shape[-2] // grids, scale.shape[-1]))
+    except ValueError as error:
+        raise ValueError(f"{what}.{error}") from None
+
+
 def _gate_and_up(sources: tuple[_Source, ...], interleaved: bool) -> tuple[list[ScaledTensor], list[ScaledTensor], int]:
     """Matrices that hold gate and up of every expert, and the row at which up begins."""
     if len(sources) == 3:
@@ -185,8 +263,8 @@ def _gate_and_up(sources: tuple[_Source, ...], interleaved: bool) -> tuple[list[
     source = sources[0]
     size = source.shape[0] // 2
     if interleaved:
-        parts = [[_every_other(source, *pair, row) for pair in source.pairs()] for row in (0, 1)]
-        return parts[0], parts[1], 0
+        gate, up = ([_every_other(source, row, *pair) for pair in source.pairs()] for row in (0, 1))
+        return gate, up, 0
     if source.grids == 1:
         whole = source.matrices()
         return whole, whole, size
@@ -198,29 +276,19 @@ def _gate_and_up(sources: tuple[_Source, ...], interleaved: bool) -> tuple[list[
     return gate, up, 0
 
 
-def _every_other(source: _Source, data: torch.Tensor, scale: torch.Tensor, first: int) -> ScaledTensor:
-    """Rows first, first + 2, ... of an interleaved matrix, whose scale blocks have half the rows then."""
+def _every_other(source: _Source, first: int, data: torch.Tensor, scale: torch.Tensor) -> ScaledTensor:
+    """Rows first, first + 2, ... of an interleaved matrix: a block of scales has half as many of them."""
     rows, columns = source.block
     if rows == 1:
         return source.scaled(data[first::2], scale[first::2], (1, columns))
-    if rows < len(data) and rows % 2:
+    if rows >= len(data):
+        rows = len(data)  # one row of blocks, however tall
+    if rows % 2:
         raise ValueError(
-            f"ExpertWeights: {source.name} has scale blocks of {rows} rows; interleaved gate and up need one or an even "
-            "number"
+            f"ExpertWeights: {source.name} has blocks of {source.block}; of interleaved gate and up a block has one "
+            "row, or an even number"
         )
-    return source.scaled(
-        data[first::2], scale, (max(rows // 2, len(data) // 2) if rows >= len(data) else rows // 2, columns)
-    )
-
-
-def _halves(
-    biases: list[torch.Tensor] | None, size: int, interleaved: bool
-) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
-    if biases is None:
-        return None, None
-    if interleaved:
-        return [b[0::2] for b in biases], [b[1::2] for b in biases]
-    return [b[:size] for b in biases], [b[size:] for b in biases]
+    return source.scaled(data[first::2], scale, (rows // 2, columns))
 
 
 def _vectors(name: str, value: Any) -> list[torch.Tensor]:
@@ -236,72 +304,17 @@ def _each(name: str, tensors: list[torch.Tensor], experts: int, elements: int) -
     vectors = list(tensors[0].unbind()) if len(tensors) == 1 and tensors[0].dim() == 2 else tensors
     if len(vectors) != experts or any(tuple(v.shape) != (elements,) for v in vectors):
         raise ValueError(
-            f"ExpertWeights: {name} has shapes {sorted({tuple(x.shape) for x in tensors})}; it is [{experts}, {elements}], "
-            f"or {experts} vectors of {elements}"
+            f"ExpertWeights: {name} has shapes {sorted({tuple(x.shape) for x in tensors})}; it is "
+            f"[{experts}, {elements}], or {experts} vectors of {elements}"
         )
     return vectors
 
 
-def _source(name: str, value: Matrices, grids: int = 1) -> _Source:
-    if not isinstance(value, (tuple, list)) or not value:
-        raise TypeError(
-            f"ExpertWeights: {name} is a {type(value).__name__}; it is a stack (data [E, rows, columns], scale), or a "
-            "list of a ScaledTensor or (data, scale) pair for every expert"
-        )
-    if isinstance(value[0], torch.Tensor):
-        return _stack(name, value, grids)
-    matrices = [_matrix(f"ExpertWeights: {name}[{e}]", x, grids) for e, x in enumerate(value)]
-    if len({block for *_, block in matrices}) > 1:
-        raise ValueError(f"ExpertWeights: {name} has scale blocks {sorted({b for *_, b in matrices})}; one is for all")
-    return _Source(name, [data for data, *_ in matrices], [scale for _, scale, _ in matrices], matrices[0][2], grids)
-
-
-def _stack(name: str, value: Sequence[Any], grids: int) -> _Source:
-    if len(value) not in (2, 3):
-        raise TypeError(
-            f"ExpertWeights: {name} has {len(value)} parts; a stack is (data, scale) or (data, scale, block)"
-        )
-    what = f"ExpertWeights: {name}"
-    data, scale = _fp8(what, value[0]), as_tensor(value[1], f"{what}.scale").detach()
-    if data.dim() != 3 or not len(data):
-        raise ValueError(f"{what} has shape {list(data.shape)}; a stack is [experts, rows, columns]")
-    if scale.dim() not in (1, 2, 3) or len(scale) != len(data):
-        raise ValueError(
-            f"{what}.scale has shape {list(scale.shape)}; data {list(data.shape)} needs a grid for each expert"
-        )
-    scale = scale.reshape(*scale.shape, *[1] * (3 - scale.dim()))
-    block = value[2] if len(value) == 3 else _block(what, data[0], scale[0], grids)
-    return _Source(name, [data], [scale], block, grids)
-
-
-def _matrix(what: str, value: Any, grids: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    if isinstance(value, ScaledTensor):
-        return value.data.detach(), value.scale.detach(), value.block
-    if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise TypeError(f"{what} is a {type(value).__name__}; it is a ScaledTensor or a (data, scale) pair")
-    data, scale = _fp8(what, value[0]), as_tensor(value[1], f"{what}.scale").detach()
-    if data.dim() != 2 or scale.dim() > 2:
-        raise ValueError(f"{what} has shape {list(data.shape)} and scale {list(scale.shape)}; both are matrices")
-    scale = scale if scale.dim() == 2 else scale.reshape(-1, 1)
-    return data, scale, _block(what, data, scale, grids)
-
-
-def _fp8(what: str, value: Any) -> torch.Tensor:
-    data = as_tensor(value, what).detach()
-    if data.dtype not in FORMATS:
-        raise TypeError(
-            f"{what} has dtype {data.dtype}; experts are {', '.join(map(str, FORMATS))} with scales: "
-            "moekern.per_block_cast_to_fp8 makes them"
-        )
-    return data
-
-
-def _block(what: str, data: torch.Tensor, scale: torch.Tensor, grids: int) -> tuple[int, int]:
-    """The block of a matrix whose rows have `grids` grids, one above the other."""
-    (rows, columns), (grid_rows, grid_columns) = data.shape, scale.shape
-    if rows % grids or grid_rows % grids:
-        raise ValueError(f"{what} has {rows} rows and {grid_rows} rows of scales; halves need an even number of both")
-    try:
-        return infer_block((rows // grids, columns), (grid_rows // grids, grid_columns))
-    except ValueError as error:
-        raise ValueError(f"{what}.{error}") from None
+def _halves(
+    biases: list[torch.Tensor] | None, size: int, interleaved: bool
+) -> tuple[list[torch.Tensor] | None, list[torch.Tensor] | None]:
+    if biases is None:
+        return None, None
+    if interleaved:
+        return [b[0::2] for b in biases], [b[1::2] for b in biases]
+    return [b[:size] for b in biases], [b[size:] for b in biases]

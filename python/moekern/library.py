@@ -223,30 +223,30 @@ def _known(tensors: list[torch.Tensor], layout: list[int]) -> ExpertWeights:
     return experts if same else ExpertWeights.from_tensors(tensors, layout)
 
 
-def _experts(x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, activation,
-             alpha, beta, limit, quantize_activations, apply_router_weight_on_input, reduce, out_dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+_EXPERT_OPTIONS = ("activation", "alpha", "beta", "limit", "quantize_activations", "apply_router_weight_on_input",
+                   "reduce", "out_dtype")  # fmt: skip
+
+
+def _experts(  # type: ignore[no-untyped-def]
+    x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, *options
+):
     return ops.fused_experts(
         x if sx is None else ScaledTensor(x, sx, tuple(block_x)),
         _known(experts, layout),
         ids,
         weights,
-        activation=activation,
-        alpha=alpha,
-        beta=beta,
-        limit=limit,
-        quantize_activations=quantize_activations,
-        apply_router_weight_on_input=apply_router_weight_on_input,
         expert_map=expert_map,
         shared=_known(shared, shared_layout) if shared else None,
-        reduce=reduce,
-        out_dtype=out_dtype,
+        **dict(zip(_EXPERT_OPTIONS, options, strict=True)),
     )
 
 
-def _experts_fake(x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, activation,
-                  alpha, beta, limit, quantize_activations, apply_router_weight_on_input, reduce, out_dtype):  # type: ignore[no-untyped-def]  # fmt: skip
+def _experts_fake(  # type: ignore[no-untyped-def]
+    x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, *options
+):
     torch._check(x.dim() == 2 and ids.dim() == 2, lambda: "fused_experts: x and ids must have 2 dimensions")
     torch._check(x.shape[0] == ids.shape[0], lambda: "fused_experts: x and ids need the same number of rows")
+    reduce, out_dtype = options[-2:]
     rows = x.shape[0] if reduce else x.shape[0] * ids.shape[1]
     return x.new_empty((rows, x.shape[1]), dtype=out_dtype or (torch.bfloat16 if sx is not None else x.dtype))
 
@@ -255,41 +255,55 @@ def _no_gradient(ctx, grad):  # type: ignore[no-untyped-def]
     raise NotSupported("fused_experts has no gradient; call it under torch.no_grad()")
 
 
-def _trace_experts(
-    x, experts, ids, weights=None, *, activation="swiglu", alpha=1.0, beta=0.0, limit=None,
-    quantize_activations=False, apply_router_weight_on_input=False, expert_map=None, shared=None, reduce=True,
-    out=None, out_dtype=None, workspace=None,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+def _trace_experts(  # type: ignore[no-untyped-def]
+    x,
+    experts,
+    ids,
+    weights=None,
+    *,
+    activation="swiglu",
+    alpha=1.0,
+    beta=0.0,
+    limit=None,
+    quantize_activations=False,
+    apply_router_weight_on_input=False,
+    expert_map=None,
+    shared=None,
+    reduce=True,
+    out=None,
+    out_dtype=None,
+    workspace=None,
+):
     data, scale, block = (x, None, (1, 1)) if isinstance(x, torch.Tensor) else parts(x)
+    of_shared = ([], []) if shared is None else (shared.tensors, list(shared.layout))
+    operands = (data, scale, list(block), experts.tensors, list(experts.layout), *of_shared, ids, weights, expert_map)
+    numbers = (float(alpha), float(beta), None if limit is None else float(limit))
+    dtype = out_dtype if out is None else out.dtype
     result = torch.ops.moekern.fused_experts(
-        data, scale, list(block), experts.tensors, list(experts.layout),
-        [] if shared is None else shared.tensors, [] if shared is None else list(shared.layout),
-        ids, weights, expert_map, activation, float(alpha), float(beta), None if limit is None else float(limit),
-        quantize_activations, apply_router_weight_on_input, reduce, out_dtype if out is None else out.dtype,
-    )  # fmt: skip
+        *operands, activation, *numbers, quantize_activations, apply_router_weight_on_input, reduce, dtype
+    )
     return result if out is None else out.copy_(result)
 
 
 # ---- moe_gate, moe_permute, moe_unpermute ------------------------------------------------------------
 
 
-def _gate(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
-    return tuple(
-        ops.moe_gate(
-            logits,
-            topk,
-            scoring=scoring,
-            correction_bias=correction_bias,
-            num_expert_group=num_expert_group,
-            topk_group=topk_group,
-            renormalize=renormalize,
-            routed_scaling_factor=routed_scaling_factor,
-            mask_value=mask_value,
-        )
-    )
+_GATE_OPTIONS = (
+    "scoring",
+    "correction_bias",
+    "num_expert_group",
+    "topk_group",
+    "renormalize",
+    "routed_scaling_factor",
+    "mask_value",
+)
 
 
-def _gate_fake(logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value):  # type: ignore[no-untyped-def]  # fmt: skip
+def _gate(logits, topk, *options):  # type: ignore[no-untyped-def]
+    return tuple(ops.moe_gate(logits, topk, **dict(zip(_GATE_OPTIONS, options, strict=True))))
+
+
+def _gate_fake(logits, topk, *options):  # type: ignore[no-untyped-def]
     torch._check(logits.dim() == 2, lambda: "moe_gate: logits must have 2 dimensions")
     shape = (logits.shape[0], topk)
     return logits.new_empty(shape, dtype=torch.float32), logits.new_empty(shape, dtype=torch.int32)
@@ -319,10 +333,10 @@ def _gate_backward(ctx, grad, _):  # type: ignore[no-untyped-def]
     return grad.to(logits.dtype), *(None,) * 8
 
 
-def _trace_gate(
+def _trace_gate(  # type: ignore[no-untyped-def]
     logits, topk, *, scoring="softmax", correction_bias=None, num_expert_group=1, topk_group=1, renormalize=False,
     routed_scaling_factor=1.0, mask_value=-math.inf, out=None,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     weights, ids = torch.ops.moekern.moe_gate(
         logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize,
         float(routed_scaling_factor), float(mask_value),
@@ -342,7 +356,7 @@ def _permute(x, scale, block, ids, num_experts, alignment, expert_map):  # type:
 def _permute_fake(x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
     torch._check(x.dim() == 2 and ids.dim() == 2, lambda: "moe_permute: x and ids must have 2 dimensions")
     torch._check(x.shape[0] == ids.shape[0], lambda: "moe_permute: x and ids need the same number of rows, the tokens")
-    rows = permuted_rows(*ids.shape, num_experts, alignment)
+    rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
     groups = ids.new_empty((2, num_experts), dtype=torch.int64)
     return (
         x.new_empty((rows, x.shape[1])),
@@ -396,7 +410,7 @@ def _save_unpermute(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _unpermute_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; a slot of -1 has none."""
+    """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; -1 takes no part."""
     y, inverse, weights = ctx.saved_tensors
     grad, kept = grad.float(), inverse >= 0
     grad_y = grad_weights = None

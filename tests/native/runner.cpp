@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "moekern/arguments.h"
+#include "moekern/routing.h"
 
 namespace moekern::cpu {
 const Backend& backend();
@@ -44,8 +45,13 @@ void list() {
   const Backend& b = cpu::backend();
   std::cout << "features" << features_of(b.detect_features(), " ") << "\n";
   for (const GemmKernel& k : b.gemm) std::cout << "kernel fp8_gemm_nt " << k.name << features_of(k.needs, " ") << "\n";
+  for (const GroupedGemmKernel& k : b.grouped_gemm)
+    std::cout << "kernel grouped " << k.name << features_of(k.needs, " ") << "\n";
   for (const ExpertsKernel& k : b.experts)
     std::cout << "kernel fused_experts " << k.name << features_of(k.needs, " ") << "\n";
+  for (const RoutingKernel& k : b.routing)
+    for (const char* op : {"moe_gate", "moe_permute", "moe_unpermute"})
+      std::cout << "kernel " << op << " " << k.name << features_of(k.needs, " ") << "\n";
   for (const CastKernel& k : b.cast) std::cout << "kernel cast " << k.name << features_of(k.needs, " ") << "\n";
   std::cout << "end\n";
 }
@@ -131,22 +137,48 @@ const Row& row_named(const Table<Row>& table, const std::string& name) {
   throw ValueError("no kernel is named " + name);
 }
 
+// The product whose operands have names that begin with `prefix`.
+GemmProblem product(const Request& r, const std::string& prefix) {
+  GemmProblem p;
+  p.a = r.matrix(prefix + "a");
+  p.sa = r.grid(prefix + "a.scale");
+  p.b = r.matrix(prefix + "b");
+  p.sb = r.grid(prefix + "b.scale");
+  p.c = r.matrix(prefix + "c");
+  p.bias = r.matrix(prefix + "bias");
+  p.out = r.matrix(prefix + "out");
+  p.threads = r.threads;
+  check_gemm(r.op.c_str(), p);
+  check_gemm_output(r.op.c_str(), p);
+  return p;
+}
+
 // A reason to refuse, or null once done.
 const char* gemm(const Request& r, bool ask) {
   const GemmKernel& kernel = row_named(cpu::backend().gemm, r.kernel);
-  GemmProblem p;
-  p.a = r.matrix("a");
-  p.sa = r.grid("a.scale");
-  p.b = r.matrix("b");
-  p.sb = r.grid("b.scale");
-  p.c = r.matrix("c");
-  p.bias = r.matrix("bias");
-  p.out = r.matrix("out");
-  p.threads = r.threads;
-  check_gemm("fp8_gemm_nt", p);
-  check_gemm_output("fp8_gemm_nt", p);
+  const GemmProblem p = product(r, "");
   if (const char* reason = kernel.refuses(p)) return reason;
   if (!ask && p.m() && p.n()) kernel.run(p);
+  return nullptr;
+}
+
+// The operands of group g are named "g.a", "g.b" and so on.
+const char* grouped(const Request& r, bool ask) {
+  const GroupedGemmKernel& kernel = row_named(cpu::backend().grouped_gemm, r.kernel);
+  GroupedGemmProblem p;
+  std::vector<Group> groups;
+  for (int g = 0; r.operands.count(text(g, ".a")); ++g) {
+    const GemmProblem q = product(r, text(g, "."));
+    if (q.m() == 0 || q.n() == 0) continue;
+    if (groups.empty() || q.k() > p.shared.k()) p.shared = q;
+    groups.push_back({q.a.data, q.sa.values.data, q.b.data, q.sb.values.data, q.c.data, q.out.data, q.m(), q.k()});
+  }
+  if (groups.empty()) return nullptr;
+  p.groups = groups.data();
+  p.count = static_cast<int64_t>(groups.size());
+  p.threads = r.threads;
+  if (const char* reason = kernel.refuses(p)) return reason;
+  if (!ask) kernel.run(p);
   return nullptr;
 }
 
@@ -195,10 +227,10 @@ const char* fused_experts(const Request& r, bool ask) {
   p.num_shared = static_cast<int64_t>(shared.size());
   p.ids = r.matrix("ids");
   p.weights = r.matrix("weights");
-  p.activation = static_cast<Activation>(r.option("activation"));
-  p.alpha = static_cast<float>(r.option("alpha"));
-  p.beta = static_cast<float>(r.option("beta"));
-  p.limit = static_cast<float>(r.option("limit", INFINITY));
+  p.gating.activation = static_cast<Activation>(r.option("activation"));
+  p.gating.alpha = static_cast<float>(r.option("alpha"));
+  p.gating.beta = static_cast<float>(r.option("beta"));
+  p.gating.limit = static_cast<float>(r.option("limit", INFINITY));
   p.quantize = r.option("quantize_activations") != 0;
   p.weight_on_input = r.option("apply_router_weight_on_input") != 0;
   p.reduce = r.option("reduce") != 0;
@@ -213,14 +245,75 @@ const char* fused_experts(const Request& r, bool ask) {
   return nullptr;
 }
 
+const char* moe_gate(const Request& r, bool ask) {
+  const RoutingKernel& kernel = row_named(cpu::backend().routing, r.kernel);
+  GateProblem p;
+  p.logits = r.matrix("logits");
+  p.correction_bias = r.matrix("correction_bias");
+  p.weights = r.matrix("out.weights");
+  p.ids = r.matrix("out.ids");
+  p.topk = static_cast<int>(r.option("topk"));
+  p.groups = static_cast<int>(r.option("num_expert_group"));
+  p.kept_groups = static_cast<int>(r.option("topk_group"));
+  p.sigmoid = r.option("sigmoid") != 0;
+  p.renormalize = r.option("renormalize") != 0;
+  p.routed_scaling_factor = static_cast<float>(r.option("routed_scaling_factor"));
+  p.mask_value = static_cast<float>(r.option("mask_value", -INFINITY));
+  p.threads = r.threads;
+  check_gate("moe_gate", p);
+  check_gate_output("moe_gate", p);
+  if (!ask && p.logits.rows) kernel.gate(p);
+  return nullptr;
+}
+
+const char* moe_permute(const Request& r, bool ask) {
+  const RoutingKernel& kernel = row_named(cpu::backend().routing, r.kernel);
+  const auto experts = static_cast<int64_t>(r.option("num_experts"));
+  PermuteProblem p;
+  p.x = r.matrix("x");
+  p.sx = r.grid("x.scale");
+  p.ids = r.matrix("ids");
+  p.expert_map = r.matrix("expert_map");
+  p.starts = r.matrix("out.layout.starts");
+  p.counts = r.matrix("out.layout.counts");
+  p.alignment = static_cast<int64_t>(r.option("alignment"));
+  p.out = r.matrix("out.x");
+  p.sout = r.grid("out.x.scale");
+  p.inverse = r.matrix("out.inverse");
+  p.threads = r.threads;
+  check_permute("moe_permute", p, experts);
+  std::vector<int64_t> starts(static_cast<size_t>(experts)), counts(starts);
+  check_permute_output("moe_permute", p, count_experts(p, starts.data(), counts.data(), experts));
+  if (!ask) kernel.permute(p);
+  return nullptr;
+}
+
+const char* moe_unpermute(const Request& r, bool ask) {
+  const RoutingKernel& kernel = row_named(cpu::backend().routing, r.kernel);
+  UnpermuteProblem p;
+  p.y = r.matrix("y");
+  p.inverse = r.matrix("inverse");
+  p.weights = r.matrix("weights");
+  p.out = r.matrix("out");
+  p.threads = r.threads;
+  check_unpermute("moe_unpermute", p);
+  check_unpermute_output("moe_unpermute", p);
+  if (!ask && p.out.rows && p.out.cols) kernel.unpermute(p);
+  return nullptr;
+}
+
 void serve(const std::string& verb) {
   Request request(std::cin);
   const bool ask = verb == "ask";
   const char* reason = nullptr;
   try {
-    reason = request.op == "fp8_gemm_nt"     ? gemm(request, ask)
-             : request.op == "fused_experts" ? fused_experts(request, ask)
-                                             : cast(request, ask);
+    reason = request.op == "fp8_gemm_nt"                         ? gemm(request, ask)
+             : request.op == "fused_experts"                     ? fused_experts(request, ask)
+             : request.op.find("_grouped_") != std::string::npos ? grouped(request, ask)
+             : request.op == "moe_gate"                          ? moe_gate(request, ask)
+             : request.op == "moe_permute"                       ? moe_permute(request, ask)
+             : request.op == "moe_unpermute"                     ? moe_unpermute(request, ask)
+                                                                 : cast(request, ask);
   } catch (const std::logic_error& fault) {  // of an emulated instruction, amid a parallel region
     std::cerr << fault.what() << "\n";
     std::abort();

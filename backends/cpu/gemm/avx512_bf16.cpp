@@ -10,6 +10,8 @@
 #include "cpu/gemm/ukernel.h"
 #include "cpu/rows.h"
 
+#include "cpu/gemm/stream_bf16.h"
+
 namespace moekern::cpu {
 namespace {
 
@@ -58,7 +60,9 @@ void tile(int mr, int kc, const void* a, int64_t a_stride, const void* b, const 
 
 }  // namespace
 
+constexpr Stream kStream = stream_up_to(48);
+
 extern const GemmIsa k_avx512_bf16;
-constexpr GemmIsa k_avx512_bf16 = {&kRowOps, Dtype::bf16, W, MR, NV * W, 2, pack<NV>, tile<MR>, nullptr};
+constexpr GemmIsa k_avx512_bf16 = {&kRowOps, Dtype::bf16, W, MR, NV * W, 2, pack<NV>, tile<MR>, &kStream};
 
 }  // namespace moekern::cpu

@@ -31,13 +31,13 @@ void run_region_of(const GemmPair& isa, const std::vector<GemmProblem>& products
     }
     if (!few) continue;
     for (int64_t i = 0; i < p.m(); ++i) streamed.push_back({parts.size() - 1, i});
-    bytes += round_up(streamed_bytes(p.m(), p.k()), 64);
+    bytes += round_up(streamed_bytes(*isa.stream, p.m(), p.k()), 64);
   }
   char* memory = scratch_of<char>(Slot::shared_a, bytes);
   for (Part& part : parts) {
     if (!part.streamed) continue;
-    part.activations = streamed_activations(part.rows, part.product->k(), memory);
-    memory += round_up(streamed_bytes(part.rows, part.product->k()), 64);
+    part.activations = streamed_activations(*isa.stream, part.rows, part.product->k(), memory);
+    memory += round_up(streamed_bytes(*isa.stream, part.rows, part.product->k()), 64);
   }
   parallel_for(threads, static_cast<int64_t>(streamed.size()), [&](int64_t i) {
     const Row& r = streamed[static_cast<size_t>(i)];
@@ -79,7 +79,7 @@ void gemm_grouped(const GemmPair& isa, const GroupedGemmProblem& p) {
   int64_t bytes = 0;
   size_t first = 0;
   for (size_t g = 0; g < products.size(); ++g) {
-    const int64_t own = streams(isa, products[g]) ? streamed_bytes(products[g].m(), products[g].k()) : 0;
+    const int64_t own = streams(isa, products[g]) ? streamed_bytes(*isa.stream, products[g].m(), products[g].k()) : 0;
     if (g > first && bytes + own > kStreamedBytes) {
       run_region_of(isa, products, first, g, p.threads);
       first = g;

@@ -68,6 +68,14 @@ int result_exponent_f32(Dtype weights, int row_exponent) {
   return row_exponent - kTopF32 + 127 - layout_of(weights).bias;
 }
 
+const char* panel_refuses(Dtype panel, const GemmProblem& p) {
+  if (panel != Dtype::bf16) return nullptr;
+  if (!is_fp8(p.a.dtype) && p.a.dtype != Dtype::bf16) return "multiplies in bf16, which a does not fit exactly";
+  if (p.sa.values && p.sa.block_cols % kBlock != 0 && p.sa.block_cols < p.k())
+    return "the scale blocks of a must be a multiple of 128 wide, or as wide as k";
+  return nullptr;
+}
+
 void scale_by_power(const RowOps& rows, float* x, int64_t n, int exponent) {
   const int last = std::clamp(exponent, -126, 127);  // within f32's powers, and the step that may round
   if (exponent != last) rows.scale(x, power_of_two(exponent - last), n, x);

@@ -35,6 +35,9 @@ constexpr int kTopF32 = 120;
 // The exponent that undoes such activations and weights.
 int result_exponent_f32(Dtype weights, int row_exponent);
 
+// Why activations do not fit a panel of that type exactly, or null.
+const char* panel_refuses(Dtype panel, const GemmProblem& p);
+
 // x *= 2^exponent, which may be beyond f32's powers.
 void scale_by_power(const RowOps& rows, float* x, int64_t n, int exponent);
 

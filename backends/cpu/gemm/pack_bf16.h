@@ -14,7 +14,7 @@ struct DecodeTable {
   bool minus_zero_is_nan;
 };
 
-DecodeTable table_of(Dtype format) {
+DecodeTable make_table(Dtype format) {
   DecodeTable t;
   for (int code = 0; code < 128; ++code) {
     const uint16_t value = f32_to_bf16(fp8_to_f32(format, static_cast<uint8_t>(code)));
@@ -25,15 +25,19 @@ DecodeTable table_of(Dtype format) {
   return t;
 }
 
+const DecodeTable& table_of(Dtype format) {
+  static const DecodeTable kE4m3fn = make_table(Dtype::e4m3fn), kE4m3fnuz = make_table(Dtype::e4m3fnuz),
+                           kE5m2 = make_table(Dtype::e5m2);
+  return format == Dtype::e5m2 ? kE5m2 : format == Dtype::e4m3fnuz ? kE4m3fnuz : kE4m3fn;
+}
+
 inline __m512i lookup(const uint8_t* table, __m512i codes) {
   return _mm512_permutex2var_epi8(_mm512_load_si512(table), codes, _mm512_load_si512(table + 64));
 }
 
 template <int NV>
 bool pack(Dtype format, const uint8_t* const* rows, int kc, void* panel) {
-  static const DecodeTable kE4m3fn = table_of(Dtype::e4m3fn), kE4m3fnuz = table_of(Dtype::e4m3fnuz),
-                           kE5m2 = table_of(Dtype::e5m2);
-  const DecodeTable& table = format == Dtype::e5m2 ? kE5m2 : format == Dtype::e4m3fnuz ? kE4m3fnuz : kE4m3fn;
+  const DecodeTable& table = table_of(format);
   const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
   auto* strip = static_cast<uint32_t*>(panel);  // a pair a dword
   __mmask64 nan = 0;

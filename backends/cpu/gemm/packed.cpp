@@ -141,10 +141,7 @@ void packed_block(const GemmIsa& isa, const GemmProblem& p, const PackedActivati
 }
 
 const char* packed_refuses(const GemmIsa& isa, const GemmProblem& p) {
-  if (isa.panel == Dtype::bf16 && !is_fp8(p.a.dtype) && p.a.dtype != Dtype::bf16)
-    return "multiplies in bf16, which a does not fit exactly";
-  if (isa.panel == Dtype::bf16 && p.sa.values && p.sa.block_cols % kBlock != 0 && p.sa.block_cols < p.k())
-    return "the scale blocks of a must be a multiple of 128 wide, or as wide as k";
+  if (const char* reason = panel_refuses(isa.panel, p)) return reason;
   if (p.sb.values && p.sb.block_cols % kBlock != 0 && p.sb.block_cols < p.k())
     return "the scale blocks of b must be a multiple of 128 wide, or as wide as k";
   return nullptr;

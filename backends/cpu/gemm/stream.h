@@ -8,7 +8,7 @@
 // order whatever M and R are: a row's bits never depend on M.
 #pragma once
 #include "cpu/gemm/decode.h"
-#include "cpu/gemm/ukernel.h"
+#include "cpu/gemm/stream_sums.h"
 
 namespace moekern::cpu {
 namespace {
@@ -68,7 +68,8 @@ __attribute__((noinline)) void stream_group(int64_t kc, const uint8_t* w, int64_
   int64_t k = 0;
   for (; k + kBody <= whole; k += kBody) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) __builtin_prefetch(row[r] + (k + ahead), 0, 2);
+    for (int r = 0; r < R; ++r)
+      if (kBody >= 64 || k % 64 == 0) __builtin_prefetch(row[r] + (k + ahead), 0, 2);
 #pragma GCC unroll 4
     for (int step = 0; step < kBody; step += kStep) stream_step<F, M, R>(row, k + step, a, a_stride, acc, special);
   }
@@ -117,29 +118,19 @@ bool stream_format(int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, i
   return special.found();
 }
 
-bool stream(Dtype format, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead, const float* a,
-            int64_t a_stride, float* acc, bool first) {
+bool stream(Dtype format, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead, const void* a,
+            int64_t a_stride, const float*, int64_t, float* acc, bool first) {
+  const auto* x = static_cast<const float*>(a);
   switch (format) {
-    case Dtype::e5m2: return stream_format<Dtype::e5m2>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
-    case Dtype::e4m3fnuz: return stream_format<Dtype::e4m3fnuz>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
-    default: return stream_format<Dtype::e4m3fn>(m, rows, kc, w, ldw, ahead, a, a_stride, acc, first);
+    case Dtype::e5m2: return stream_format<Dtype::e5m2>(m, rows, kc, w, ldw, ahead, x, a_stride, acc, first);
+    case Dtype::e4m3fnuz: return stream_format<Dtype::e4m3fnuz>(m, rows, kc, w, ldw, ahead, x, a_stride, acc, first);
+    default: return stream_format<Dtype::e4m3fn>(m, rows, kc, w, ldw, ahead, x, a_stride, acc, first);
   }
 }
 
-// Lane i of out[d] = element d of x[i], for d < D: what is not asked for costs nothing.
-template <int D>
-inline void transpose(const float* const* x, F32* out) {
-  const uint8_t* rows[W];
-  I32 dwords[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) rows[i] = reinterpret_cast<const uint8_t*>(x[i]);
-  transpose_dwords(rows, 0, dwords);
-#pragma GCC unroll 16
-  for (int d = 0; d < D; ++d) out[d] = as_f32(dwords[d]);
-}
-
 // Vector j of every 4W elements takes the elements 4i + j: the order in which Decode yields weights.
-void permute(const float* src, int64_t n, float* dst) {
+void permute(const float* src, int64_t n, void* dst) {
+  auto* out = static_cast<float*>(dst);
   for (int64_t k = 0; k < n; k += 4 * W) {
     const float* from[W];
     F32 to[4];
@@ -147,35 +138,11 @@ void permute(const float* src, int64_t n, float* dst) {
     for (int i = 0; i < W; ++i) from[i] = src + k + 4 * i;
     transpose<4>(from, to);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) store(dst + k + j * W, to[j]);
+    for (int j = 0; j < 4; ++j) store(out + k + j * W, to[j]);
   }
 }
 
-// W dot products at a time: a vector of them is the sum of the lanes, transposed.
-void reduce(const float* acc, int m, int rows, float* sums, int64_t ld) {
-  for (int i = 0; i < m; ++i) {
-    for (int r = 0; r < rows; r += W) {
-      const float* from[W];
-      F32 lane[W];
-#pragma GCC unroll 16
-      for (int q = 0; q < W; ++q) from[q] = acc + ((r + q < rows ? r + q : r) * m + i) * W;
-      transpose<W>(from, lane);
-#pragma GCC unroll 4
-      for (int half = W / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-        for (int q = 0; q < half; ++q) lane[q] = add(lane[q], lane[q + half]);
-      if (r + W <= rows) {
-        store(sums + i * ld + r, lane[0]);
-      } else {
-        alignas(64) float last[W];
-        store(last, lane[0]);
-        __builtin_memcpy(sums + i * ld + r, last, static_cast<size_t>(rows - r) * sizeof(float));
-      }
-    }
-  }
-}
-
-constexpr Stream stream_up_to(int max_m) { return {max_m, kPassRows, stream, permute, reduce}; }
+constexpr Stream stream_up_to(int max_m) { return {Dtype::f32, max_m, kPassRows, stream, permute, reduce}; }
 
 }  // namespace
 }  // namespace moekern::cpu

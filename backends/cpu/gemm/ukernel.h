@@ -53,18 +53,21 @@ using TileFn = void (*)(int mr, int kc, const void* a, int64_t a_stride, const v
 // express (a NaN or an infinity). f32 panels hold value * 2^-(127 - bias), bf16 panels the value.
 using PackFn = bool (*)(Dtype, const uint8_t* const* rows, int kc, void* strip);
 
-// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc elements. a: m rows of
-// f32, `a_stride` apart, zero-padded to a multiple of 4 * lanes and permuted by `permute`. True as for PackFn. Weights
-// are read once, in place, and nothing past kc is read; `ahead` bytes further on is what will be wanted next, for
-// prefetching only.
+// acc[r][i][0 .. lanes) (+)= the partial products of weight row r with activation row i over kc elements. a: m
+// rows of the stream's panel type, `a_stride` values apart, zero-padded to a multiple of 128 and permuted by
+// `permute`. bf16 rows have their scales, one per 128 of k and rows `scale_stride` apart; f32 rows contain theirs.
+// True as for PackFn. Weights are read once, in place, and nothing past kc is read; `ahead` bytes further on is
+// what will be wanted next, for prefetching only.
 using StreamFn = bool (*)(Dtype, int m, int rows, int64_t kc, const uint8_t* w, int64_t ldw, int64_t ahead,
-                          const float* a, int64_t a_stride, float* acc, bool first);
+                          const void* a, int64_t a_stride, const float* scale, int64_t scale_stride, float* acc,
+                          bool first);
 
 struct Stream {
+  Dtype panel;    // f32 or bf16
   int max_m;      // more activation rows than this are faster packed
   int pass_rows;  // activation rows that one pass of `run` takes at most
   StreamFn run;
-  void (*permute)(const float* src, int64_t n, float* dst);  // n is a multiple of 4 * lanes; reads to n + lanes
+  void (*permute)(const float* src, int64_t n, void* dst);  // n is a multiple of 128; reads to n + lanes
   // sums[i * ld + r] = the lanes of acc[r][i], added up.
   void (*reduce)(const float* acc, int m, int rows, float* sums, int64_t ld);
 };

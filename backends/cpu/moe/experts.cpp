@@ -27,6 +27,7 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kChunkBytes = 64 << 20;  // of a chunk's hidden states, and of its normalised x
+constexpr int64_t kChunkTokens = 2048;     // whose sums for 128 columns are the 1 MiB of an L2
 
 bool is_quantised(const ExpertsProblem& p) { return p.quantize || is_fp8(p.x.dtype); }
 
@@ -65,7 +66,7 @@ struct Memory {
     const int64_t h_bytes = quantised ? 5 : size_of(p.x.dtype);
     const int64_t token_bytes =
         std::max<int64_t>({per_token * intermediate * h_bytes, hidden * static_cast<int64_t>(sizeof(float)), 1});
-    chunk = std::min(p.tokens(), std::max<int64_t>(kChunkBytes / token_bytes, 1));
+    chunk = std::min({p.tokens(), kChunkTokens, std::max<int64_t>(kChunkBytes / token_bytes, 1)});
     slots = chunk * per_token;
     take(token_of, memory, slots);
     take(slot_of, memory, slots);
@@ -188,7 +189,8 @@ class Chunk {
     if (rows == 0) return;
     const GemmProblem gate = product(x_, sx_, memory_.token_of, first, rows, expert.gate);
     const GemmProblem up = product(x_, sx_, memory_.token_of, first, rows, expert.up);
-    const GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    GemmProblem down = product(h_, {}, nullptr, first, rows, expert.down);
+    if (is_quantised(p_)) down.a.dtype = Dtype::e4m3fn;  // by the time it is multiplied
     const bool streamed = streams(isa_, gate) && streams(isa_, up) && streams(isa_, down);
     if (streamed) streamed_rows_ += rows;
     any_packed_ |= !streamed;
@@ -264,14 +266,16 @@ class Chunk {
   // The chunk's rows of x for the experts that are streamed; row i is that of token x_first_ + i.
   StreamedActivations streamed_x() const {
     if (!streamed_rows_) return {};
-    const int64_t first = first_ - x_first_, bytes = streamed_bytes(tokens_, hidden());
-    StreamedActivations x = streamed_activations(tokens_, hidden(), scratch_of<char>(Slot::shared_a, bytes));
+    const int64_t first = first_ - x_first_, bytes = streamed_bytes(*isa_.stream, tokens_, hidden());
+    StreamedActivations x =
+        streamed_activations(*isa_.stream, tokens_, hidden(), scratch_of<char>(Slot::shared_a, bytes));
     GemmProblem all;
     all.a = x_;
     all.sa = sx_;
     parallel_for(p_.threads, tokens_, [&](int64_t i) { stream_activations(*isa_.stream, all, first + i, x, i); });
-    x.values -= first * x.k_padded;
+    x.values -= first * x.k_padded * size_of(isa_.stream->stream->panel);
     x.exponents -= first;
+    if (x.row_scales) x.row_scales -= first * (x.k_padded / kBlock);
     return x;
   }
 
@@ -281,13 +285,13 @@ class Chunk {
     char* memory = nullptr;
     if (streamed_rows_) {
       const auto most = static_cast<int64_t>(groups_.size());
-      memory = scratch_of<char>(Slot::shared_a, streamed_bytes(streamed_rows_, h_.cols) + 64 * most);
+      memory = scratch_of<char>(Slot::shared_a, streamed_bytes(*isa_.stream, streamed_rows_, h_.cols) + 64 * most);
     }
     for (const Group& g : groups_) {
       parts.push_back({&g.down, 0, g.rows, g.streamed, {}});
       if (!g.streamed) continue;
-      parts.back().activations = streamed_activations(g.rows, g.down.k(), memory);
-      memory += round_up(streamed_bytes(g.rows, g.down.k()), 64);
+      parts.back().activations = streamed_activations(*isa_.stream, g.rows, g.down.k(), memory);
+      memory += round_up(streamed_bytes(*isa_.stream, g.rows, g.down.k()), 64);
     }
     if (streamed_rows_)
       parallel_for(p_.threads, static_cast<int64_t>(parts.size()), [&](int64_t at) {

@@ -123,8 +123,8 @@ def moe_permute(
     if permuted_hidden_states is not None:
         moved: Any = permuted_hidden_states
         if isinstance(x, moekern.ScaledTensor):
-            scale = x.scale.new_empty((len(permuted_hidden_states), x.scale.shape[1]))
-            moved = moekern.ScaledTensor(permuted_hidden_states, scale, x.block)
+            scales = x.scale.new_empty((len(permuted_hidden_states), x.scale.shape[1]))
+            moved = moekern.ScaledTensor(permuted_hidden_states, scales, x.block)
         out = moekern.Permuted(moved, None, torch.empty_like(topk_ids, dtype=torch.int32))
     rows, layout, inverse = moekern.moe_permute(x, topk_ids, experts, expert_map=expert_map, out=out)
     data, scale = (rows, None) if a1q_scale is None else rows

@@ -9,6 +9,7 @@ import torch
 
 from moekern import _C
 from moekern.experts import Expert, ExpertWeights
+from moekern.layout import GroupedLayout
 from moekern.op import device_of, op
 from moekern.ops.quantize import reference_cast
 from moekern.scaled import BLOCK, FORMATS, ScaledTensor, as_scaled, as_tensor
@@ -49,6 +50,8 @@ def _prepare(
     for name, value in (("experts", experts), ("shared", shared)):
         if not isinstance(value, ExpertWeights) and not (name == "shared" and value is None):
             raise TypeError(f"fused_experts: {name} is a {type(value).__name__}; it must be an ExpertWeights")
+        if value is not None and value.table is None:
+            raise TypeError(f"fused_experts: {name} was made of fake tensors; there is nothing to read")
     ids = as_tensor(ids, "fused_experts: ids")
     if weights is not None:
         weights = as_tensor(weights, "fused_experts: weights")
@@ -201,7 +204,7 @@ def fused_experts_workspace(
 def batched_experts(
     x: torch.Tensor,
     experts: ExpertWeights,
-    counts: torch.Tensor,
+    counts: torch.Tensor | GroupedLayout,
     *,
     out: torch.Tensor | None = None,
     **options: Any,
@@ -212,7 +215,7 @@ def batched_experts(
 
     x: [E, rows, H] float32, float16 or bfloat16, copied if its experts do not lie one after the other. Rows past
         the count are not read.
-    counts: [E] int32 or int64.
+    counts: [E] int32 or int64, or a GroupedLayout of that kind (`from_masked`).
     out: [E, rows, H], contiguous, or None to allocate. Other options are those of `fused_experts`.
     """
     if x.dim() != 3 or len(x) != experts.num_experts:
@@ -220,16 +223,20 @@ def batched_experts(
             f"batched_experts: x has shape {list(x.shape)}; it must be [{experts.num_experts}, rows, "
             f"{experts.hidden_size}]"
         )
-    if tuple(counts.shape) != (experts.num_experts,) or counts.dtype not in (torch.int32, torch.int64):
+    rows = x.shape[1]
+    try:
+        layout = counts if isinstance(counts, GroupedLayout) else GroupedLayout.from_masked(counts, rows)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"batched_experts: {error}") from None
+    if layout.capacity != rows or len(layout) != len(x):
         raise ValueError(
-            f"batched_experts: counts has shape {list(counts.shape)} and dtype {counts.dtype}; it must be "
-            f"[{experts.num_experts}] int32 or int64"
+            f"batched_experts: counts is of {len(layout)} experts and capacity {layout.capacity}; x has {len(x)} with "
+            f"{rows} rows"
         )
     if out is not None and (out.shape != x.shape or not out.is_contiguous()):
         raise ValueError(f"batched_experts: out has shape {list(out.shape)}; it must be {list(x.shape)}, contiguous")
-    rows = x.shape[1]
     expert = torch.arange(experts.num_experts, device=x.device).unsqueeze(1)
-    ids = torch.where(torch.arange(rows, device=x.device) < counts.unsqueeze(1), expert, -1)
+    ids = torch.where(torch.arange(rows, device=x.device) < layout.counts.unsqueeze(1), expert, -1)
     flat = None if out is None else out.flatten(0, 1)
     result = fused_experts(x.flatten(0, 1), experts, ids.reshape(-1, 1), out=flat, **options)
     return result.view(x.shape) if out is None else out

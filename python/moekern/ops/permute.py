@@ -54,7 +54,7 @@ def _prepare_permute(
         raise ValueError(f"{name}: ids has {ids.dim()} dimensions; it must have 2")
     if out is not None and not (isinstance(out, tuple) and len(out) == 3):
         raise TypeError(f"{name}: out is a {type(out).__name__}; it must be a Permuted")
-    rows = permuted_rows(*ids.shape, num_experts, alignment)
+    rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
     moved, inverse, groups = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, rows, out)
     layout = GroupedLayout(groups[0], groups[1], moved.shape[0], alignment)
     return x, ids, num_experts, alignment, expert_map, Permuted(moved, layout, inverse)
@@ -101,7 +101,9 @@ def moe_permute(
         counts.append(len(slots))
         inverse[slots[:, 0], slots[:, 1]] = torch.arange(end, end + len(slots), dtype=torch.int32)
         end += -(-len(slots) // alignment) * alignment
-    layout = GroupedLayout.from_counts(counts, alignment, permuted_rows(*ids.shape, num_experts, alignment))
+    layout = GroupedLayout.from_counts(
+        counts, alignment, permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
+    )
     if isinstance(x, ScaledTensor):
         moved: Any = ScaledTensor(_gather(x.data, inverse, layout), _gather(x.scale, inverse, layout), x.block)
     else:

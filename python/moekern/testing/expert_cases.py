@@ -247,9 +247,10 @@ def _experts(case: Experts, draw: _Random, count: int) -> ExpertWeights:
         data = [place(_cat([data for data, _ in part]), case.layout_w) for part in drawn]
         scale = [place(_cat([scale for _, scale in part]), "padded") for part in drawn]
         if case.form in ("list", "separate"):
-            return [ScaledTensor(*pair, block) for pair in zip(data, scale, strict=True)]
-        whole = place(_cat(data), case.layout_w), place(_cat(scale), "padded")
-        return *(x.unflatten(0, (count, -1)) for x in whole), block
+            return [ScaledTensor(d, s, block) for d, s in zip(data, scale, strict=True)]
+        all_data = place(_cat(data), case.layout_w).unflatten(0, (count, -1))
+        all_scales = place(_cat(scale), "padded").unflatten(0, (count, -1))
+        return (all_data, all_scales) if len(parts) == 2 else ScaledTensor(all_data, all_scales, block)
 
     down = arranged([("down",)], hidden, size)
     if case.form.startswith("separate"):
@@ -277,6 +278,11 @@ def _cases() -> Iterator[Experts]:
         yield Experts(tokens, 300, 200, 6, 2)
         yield Experts(tokens, 264, 130, 5, 3, quantize=True)
         yield Experts(tokens, 140, 97, 4, 2, x="e4m3fn", out="f32")
+    # More rows of an expert than one task takes, and more tokens than a chunk has.
+    for reduce in (True, False):
+        yield Experts(600, 70, 40, 3, 2, routing="skewed", reduce=reduce)
+        yield Experts(2100, 20, 12, 3, 2, routing="skips", reduce=reduce, quantize=True)
+    yield Experts(2100, 20, 12, 2, 1, shared=1)
     for hidden, intermediate in ((1, 1), (3, 31), (31, 3), (129, 128), (128, 129), (256, 64), (576, 40)):
         for x in ("bf16", "e4m3fn"):
             yield Experts(5, hidden, intermediate, 3, 2, x=x, out="f32")
@@ -304,8 +310,11 @@ def _cases() -> Iterator[Experts]:
             yield Experts(9, 150, intermediate, 4, 2, form=form, quantize=True, scale="ue8m0", shared=1)
         yield Experts(9, 150, 72, 4, 2, form=form, bias="f32", x="f32")
         yield Experts(9, 150, 72, 4, 2, form=form, bias="bf16", quantize=True)
-        for block in ((1, 0), (0, 0), (1, 128), (32, 128), (128, 256)):
+        for block in ((1, 0), (0, 0), (1, 128)):
             yield Experts(9, 280, 72, 4, 2, form=form, block=block, out="f32")
+        if form != "split":  # whose blocks are inferred
+            for block in ((32, 128), (128, 256)):
+                yield Experts(9, 280, 72, 4, 2, form=form, block=block, out="f32")
     # Activations.
     for x in ("bf16", "f32", "e4m3fn"):
         yield Experts(9, 150, 80, 4, 2, x=x, alpha=1.702, beta=1.0, limit=1.5, bias="f32", form="interleaved")

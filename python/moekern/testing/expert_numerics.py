@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,11 @@ _SMALLEST_F32 = 2.0**-149
 _STEEPEST = 1.13  # slope of silu (1.0998, whatever alpha), gelu (1.129) and its tanh form (1.130)
 _FLUSHED = 2e-36  # silu(-87): what may come to 0 below
 _FORMAT = "e4m3fn"  # of a quantised h
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(fused_experts.reference).parameters.items()
+    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+}
 
 
 def experts_oracle(
@@ -43,7 +49,7 @@ def experts_oracle(
        times.
     """
     reference = fused_experts.reference(x, experts, ids, weights, **options)
-    chosen = {**fused_experts.prepare.__kwdefaults__, **options}
+    chosen = {**_DEFAULTS, **options}
     if (expert_map := chosen["expert_map"]) is not None:
         ids = torch.where(ids < 0, -1, expert_map.long()[ids.clamp(min=0).long()])
     quantise = chosen["quantize_activations"] or isinstance(x, ScaledTensor)
@@ -80,7 +86,8 @@ class _Products:
 
     @staticmethod
     def zeros(*shape: int) -> _Products:
-        return _Products(*(torch.zeros(shape, dtype=torch.float64) for _ in range(2)), torch.zeros(shape))
+        magnitude, error = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
+        return _Products(magnitude, error, torch.zeros(shape))
 
     def put(self, where: tuple[torch.Tensor, ...], other: _Products) -> None:
         self.magnitude[where], self.error[where], self.plain[where] = other.magnitude, other.error, other.plain

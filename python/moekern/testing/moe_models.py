@@ -180,8 +180,8 @@ class Codes:
         return out
 
     def scales(self, *shape: int) -> torch.Tensor:
-        """Decode multipliers that bring the codes, whose 448 is about 4 sigma, to the weights' sigma."""
-        return WEIGHT_SIGMA / 110 * (0.5 + torch.rand(shape, generator=self.generator))
+        """Decode multipliers that bring the codes, whose 448 is about 2.7 sigma, to the weights' sigma."""
+        return WEIGHT_SIGMA / 170 * (0.5 + torch.rand(shape, generator=self.generator))
 
     def stack(self, experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
         data = self.fill(torch.empty(experts, rows, columns, dtype=torch.float8_e4m3fn))

@@ -54,9 +54,8 @@ class _GateOracle:
         tokens, experts = self.scores.shape
         best = self.selection.reshape(tokens, groups, experts // groups).sort(dim=2, descending=True).values
         value = best[:, :, 0] + best[:, :, 1] if two else best[:, :, 0]
-        error = self.selection_error.reshape(tokens, groups, experts // groups).nan_to_num(posinf=0.0).amax(2) * (
-            2 if two else 1
-        )
+        errors = self.selection_error.reshape(tokens, groups, experts // groups).nan_to_num(posinf=0.0)
+        error = errors.amax(2) * (2 if two else 1) + value.abs().nan_to_num(posinf=0.0) * _U
         order = value.sort(dim=1, descending=True, stable=True).indices
         last, first_out = order[:, kept - 1 : kept], order[:, kept : kept + 1]
         gap = value.gather(1, last) - value.gather(1, first_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 
 import moekern
 from moekern import ops
+from moekern.layout import GroupedLayout
 from moekern.op import Kernel, Op
 from moekern.scaled import FORMATS, ScaledTensor
-from moekern.testing import cases, expert_cases, grouped_cases
+from moekern.testing import cases, expert_cases, grouped_cases, routing_cases
 
 
 def main() -> int:
@@ -32,12 +34,12 @@ def _check(op: Op, kernel: Kernel) -> tuple[str, str | None]:
     taken = 0
     for arguments in _PROBLEMS[op.name]():
         try:
-            call = op.prepare(*arguments)
+            call = _by_name(op.prepare, arguments)
             if kernel.refuses is not None and kernel.refuses(*call) is not None:
                 continue
             taken += 1
             kernel.run(*call)
-            wrong = _difference(call[op.output_index], op.reference(*arguments))
+            wrong = _difference(call[op.output_index], _by_name(op.reference, arguments))
         except Exception as error:  # one broken kernel does not hide the others
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
@@ -45,7 +47,17 @@ def _check(op: Op, kernel: Kernel) -> tuple[str, str | None]:
     return ("ok", None) if taken else ("FAILED", "took none of the problems")
 
 
-def _difference(got: torch.Tensor | ScaledTensor, expected: torch.Tensor | ScaledTensor) -> str | None:
+def _by_name(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """Called with arguments of which a dict, the last, holds those that are given by name."""
+    named = arguments[-1] if isinstance(arguments[-1], dict) else {}
+    return function(*(arguments[:-1] if named else arguments), **named)
+
+
+def _difference(got: Any, expected: Any) -> str | None:
+    if isinstance(got, tuple):
+        return next((wrong for pair in zip(got, expected, strict=True) if (wrong := _difference(*pair))), None)
+    if isinstance(got, GroupedLayout):
+        return _difference((got.starts, got.counts), (expected.starts, expected.counts))
     if isinstance(got, ScaledTensor) and isinstance(expected, ScaledTensor):
         return _differing_bytes(got.data, expected.data) or _differing_bytes(got.scale, expected.scale)
     assert isinstance(got, torch.Tensor) and isinstance(expected, torch.Tensor)
@@ -121,6 +133,33 @@ def _experts() -> Iterator[tuple[Any, ...]]:
             yield expert_cases.operands(case).arguments
 
 
+def _gate() -> Iterator[tuple[Any, ...]]:
+    """Scores of 1/2 and 1/64 and biases of eighths: selection values are exact, and many are equal."""
+    for mask in (-math.inf, 0.0):
+        case = routing_cases.Gate(
+            19, 160, 8, scoring="sigmoid", bias="f32", groups=8, kept=3, mask=mask, renormalize=True, factor=2.0,
+            values="ties",
+        )  # fmt: skip
+        arguments, options = routing_cases.gate_operands(case)
+        yield *arguments, options
+    yield torch.zeros(5, 64), 20, {"num_expert_group": 4, "topk_group": 2}
+
+
+def _permute() -> Iterator[tuple[Any, ...]]:
+    """5, 1, 9, 1 and 5 slots for the experts: with an alignment of 4 they take all rows that any 21 slots can."""
+    ids = torch.tensor([0, 2, 4] * 5 + [2, 1, 2, 3, 2, 2]).view(7, 3)
+    for x in ("bf16", "e4m3fn"):
+        (rows, *_), _ = routing_cases.permute_operands(routing_cases.Permute(7, 300, 5, 3, x=x))
+        for alignment in (1, 4):
+            yield rows, ids, 5, {"alignment": alignment}
+
+
+def _unpermute() -> Iterator[tuple[Any, ...]]:
+    for y in cases.FLOATS:
+        case = routing_cases.Unpermute(19, 267, 4, 40, y=y, skips="some", values="integers")
+        yield routing_cases.unpermute_operands(case)
+
+
 _PROBLEMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "fp8_gemm_nt": _gemm,
     "m_grouped_fp8_gemm_nt_contiguous": _m_grouped(None),
@@ -132,4 +171,7 @@ _PROBLEMS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "silu_mul_cast_to_fp8": _silu_mul,
     "dequantize": _dequantize,
     "fused_experts": _experts,
+    "moe_gate": _gate,
+    "moe_permute": _permute,
+    "moe_unpermute": _unpermute,
 }
