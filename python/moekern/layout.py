@@ -52,8 +52,7 @@ class GroupedLayout:
                     f"rows is {self.rows}; {groups} groups of capacity {self.capacity} take {groups * self.capacity}"
                 )
         if _readable(self.starts):
-            values = [x.to("cpu") for x in (self.starts, self.counts)]
-            _C.check_layout(*values, self.rows, self.alignment, self.capacity)
+            _C.check_layout(self.starts.cpu(), self.counts.cpu(), self.rows, self.alignment, self.capacity)
 
     @classmethod
     def from_counts(cls, counts: Integers, alignment: int = 1, rows: int | None = None) -> GroupedLayout:

@@ -27,7 +27,7 @@ from moekern.testing.cases import (
 from moekern.testing.numerics import GemmOracle, gemm_oracle
 from moekern.weights import GroupedWeights
 
-Operand = torch.Tensor | ScaledTensor
+Operand = Any  # a tensor or a ScaledTensor
 UNTOUCHED = 77.0  # what `out` holds where no group writes
 
 
@@ -207,11 +207,11 @@ def k_grouped_operands(
     values, layout = VALUES[case.values], case.layout
     unowned = _unowned(layout)
     operands = []
-    for dtype, columns, block, where in (
+    for name, columns, block, where in (
         (case.a, case.m, case.block_a, case.layout_a),
         (case.b, case.n, case.block_b, case.layout_b),
     ):
-        x = _matrix(g, (layout.rows, columns), dtype, block, case.scale, values)
+        x = _matrix(g, (layout.rows, columns), name, block, case.scale, values)
         _poison_rows(x, unowned)
         operands.append(_placed(x, where))
     dtype = FLOATS[case.out or "f32"]
