@@ -13,9 +13,10 @@ import sys
 import torch
 
 import moekern
-from moekern import GroupedWeights, NotSupported, ScaledTensor
-from moekern.testing import cases, grouped_cases
+from moekern import ExpertWeights, GroupedWeights, NotSupported, ScaledTensor
+from moekern.testing import cases, expert_cases, grouped_cases
 from moekern.testing.cases import Gemm
+from moekern.testing.expert_cases import FORMS, Experts
 from moekern.testing.grouped_cases import KGrouped, MGrouped
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -69,9 +70,40 @@ def fence_weights(x: ScaledTensor | GroupedWeights, at_end: bool) -> ScaledTenso
     return fence(x, at_end)
 
 
+EXPERTS = [
+    *(Experts(tokens, 130, 70, 3, 2, shared=1, bias="f32", form=form) for tokens in (1, 9) for form in FORMS),
+    *(Experts(tokens, 300, 129, 3, 2, x="e4m3fn", out="f32") for tokens in (1, 40)),
+    Experts(9, 127, 33, 3, 2, x="f32", quantize=True, routing="skips", index="i32"),
+    Experts(9, 128, 64, 3, 2, reduce=False, layout_x="columns", layout_w="columns"),
+]
+
+
+def run_experts(device: moekern.Device) -> None:
+    for case in EXPERTS:
+        p = expert_cases.operands(case)
+        for at_end in (True, False):
+            experts, shared = (
+                w and ExpertWeights.from_tensors([fenced(t, at_end) for t in w.tensors], w.layout)
+                for w in (p.experts, p.options["shared"])
+            )
+            call = fence(p.x, at_end), experts, fenced(p.ids, at_end), fenced(p.weights, at_end)
+            out = fenced(torch.zeros_like(expert_cases.output(case)), at_end)
+            for kernel in moekern.fused_experts.kernels:
+                if kernel.lacks(device):
+                    continue
+                print(kernel.name, case, "at the end" if at_end else "at the beginning", flush=True)
+                options = {**p.options, "shared": shared}
+                with moekern.use(kernel={"fused_experts": kernel.name}, num_threads=2):
+                    prepared = moekern.fused_experts.prepare(*call, **options, out=out)
+                    if kernel.refuses(*prepared) is None:
+                        workspace = fenced(torch.zeros(kernel.workspace(*prepared), dtype=torch.uint8), at_end)
+                        moekern.fused_experts(*call, **options, out=out, workspace=workspace)
+
+
 def main() -> None:
     assert sys.stdout is not None
     device = moekern.devices()[0]
+    run_experts(device)
     for case in CASES:
         p = cases.gemm_operands(case)
         for at_end in (True, False):

@@ -57,27 +57,17 @@ void row_load(Dtype t, const char* src, int64_t n, float* dst) {
   }
 }
 
-inline I32 round_to_bf16(F32 x) {
-  const I32 u = bits(x), odd = bit_and(shr32<16>(u), set1_i32(1));
-  const I32 rounded = add_i32(add_i32(u, set1_i32(0x7fff)), odd);
-  return shr32<16>(if_nan(x, bit_or(u, set1_i32(0x400000)), rounded));
+template <Dtype T>
+inline void store_row(const float* src, int64_t n, char* dst) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_as<T>(dst, i, load(src + i));
+  for (; i < n; ++i) store_element_as<T>(dst, i, src[i]);
 }
 
 void row_store(Dtype t, const float* src, int64_t n, char* dst) {
-  int64_t i = 0;
   switch (t) {
-    case Dtype::bf16: {
-      auto* p = reinterpret_cast<uint16_t*>(dst);
-      for (; i + W <= n; i += W) store_low16(p + i, round_to_bf16(load(src + i)));
-      for (; i < n; ++i) p[i] = f32_to_bf16(src[i]);
-      return;
-    }
-    case Dtype::f16: {
-      auto* p = reinterpret_cast<uint16_t*>(dst);
-      for (; i + W <= n; i += W) store_f16(p + i, load(src + i));
-      for (; i < n; ++i) p[i] = f32_to_f16(src[i]);
-      return;
-    }
+    case Dtype::bf16: return store_row<Dtype::bf16>(src, n, dst);
+    case Dtype::f16: return store_row<Dtype::f16>(src, n, dst);
     default: copy(reinterpret_cast<float*>(dst), src, n);
   }
 }
