@@ -27,7 +27,7 @@ from moekern.testing.cases import (
 from moekern.testing.numerics import GemmOracle, gemm_oracle
 from moekern.weights import GroupedWeights
 
-Operand = Any  # a tensor or a ScaledTensor
+Operand = Any  # a float tensor, or a ScaledTensor
 UNTOUCHED = 77.0  # what `out` holds where no group writes
 
 
@@ -207,15 +207,14 @@ def k_grouped_operands(
     values, layout = VALUES[case.values], case.layout
     unowned = _unowned(layout)
     operands = []
-    for name, columns, block, where in (
+    for dtype, columns, block, where in (
         (case.a, case.m, case.block_a, case.layout_a),
         (case.b, case.n, case.block_b, case.layout_b),
     ):
-        x = _matrix(g, (layout.rows, columns), name, block, case.scale, values)
+        x = _matrix(g, (layout.rows, columns), dtype, block, case.scale, values)
         _poison_rows(x, unowned)
         operands.append(_placed(x, where))
-    dtype = FLOATS[case.out or "f32"]
-    nothing = torch.full((len(layout), case.m, case.n), torch.nan, dtype=dtype)
+    nothing = torch.full((len(layout), case.m, case.n), torch.nan, dtype=FLOATS[case.out or "f32"])
     out = _stacked(list(nothing) or [nothing.new_full((case.m, case.n), torch.nan)], case.layout_out, len(layout))
     if case.c is None:
         return operands[0], operands[1], layout, None, out
