@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import executors
@@ -44,6 +45,21 @@ def test_experts(executor: executors.Executor, case: Experts) -> None:
     check_bound(result, oracle)
     if case.x == "f32" and not case.quantize:  # elsewhere rms is a matter of which values of h crossed a boundary
         check_rms(result, oracle)
+
+
+@pytest.mark.parametrize("executor", executors.this_machine(fused_experts), ids=str)
+@pytest.mark.parametrize("quantize", [False, True])
+def test_more_tokens_than_fit_memory_at_once(executor: executors.Executor, quantize: bool) -> None:
+    """Kernels take tokens in chunks: here hidden states alone are more than 64 MiB."""
+    case = Experts(1100, 12, 4100, 4, 4, x="f32", quantize=quantize, routing="skips", shared=1, out="f32")
+    p, reference = large(replace(case, values="integers"))
+    assert torch.equal(executor(*p.arguments, **p.options).double(), reference)
+
+
+@functools.lru_cache(maxsize=1)
+def large(case: Experts) -> tuple[expert_cases.Operands, torch.Tensor]:
+    p = expert_cases.operands(case)
+    return p, fused_experts.reference(*p.arguments, **p.options)
 
 
 # ---- the reference -----------------------------------------------------------------------------------
