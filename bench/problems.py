@@ -31,6 +31,7 @@ class Problem:
     example: dict[str, Any]  # arguments of one call, on the first copies
     arguments: Callable[[], dict[str, Any]]  # of a call, on the next copies
     check: Callable[[Any, dict[str, Any]], None]  # raises AssertionError
+    error: Callable[[Any, dict[str, Any]], float] | None = None  # relative rms error of somebody's result, for peers
 
     def call(self, turn: int) -> Any:
         return self.op(**self.arguments())
@@ -39,7 +40,7 @@ class Problem:
         return self.op.prepare(**self.example)
 
 
-def _nbytes(*operands: torch.Tensor | ScaledTensor) -> int:
+def nbytes(*operands: torch.Tensor | ScaledTensor) -> int:
     tensors = [t for x in operands for t in (tuple(x) if isinstance(x, ScaledTensor) else (x,))]
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -63,7 +64,7 @@ def _sampled(out: torch.Tensor, call: dict[str, Any]) -> tuple[torch.Tensor, Gem
     return out[i][:, j], gemm_oracle(fp8_gemm_nt, _some_rows(call["a"], i), _some_rows(call["b"], j))
 
 
-def _check_gemm(out: torch.Tensor, call: dict[str, Any]) -> None:
+def check_gemm(out: torch.Tensor, call: dict[str, Any]) -> None:
     if not out.isfinite().all():
         raise WrongResult(f"{int((~out.isfinite()).sum())} of {out.numel()} results are not finite")
     check_bound(*_sampled(out, call))
@@ -88,11 +89,12 @@ def gemm(weights: Copies[ScaledTensor], m: int, activations: str) -> Problem:
         shape={"m": m, "n": n, "k": k},
         activations=activations,
         flops=2 * m * n * k,
-        bytes=_nbytes(a, first, out),
+        bytes=nbytes(a, first, out),
         moves="read",
         example={"a": a, "b": first, "out": out},
         arguments=lambda: {"a": a, "b": weights.next(), "out": out},
-        check=_check_gemm,
+        check=check_gemm,
+        error=sampled_error,
     )
 
 
@@ -108,7 +110,7 @@ BLOCKS = {
     "per_block_cast_to_fp8": (128, 128),
     "per_channel_cast_to_fp8": (128, 1),
 }
-OP_NAMES = ("fp8_gemm_nt", *BLOCKS, "dequantize")  # what a linear layer is made of
+OPS = ("fp8_gemm_nt", *BLOCKS, "dequantize")  # whose problems are of one linear layer
 OF_WEIGHTS = ("per_block_cast_to_fp8", "per_channel_cast_to_fp8", "dequantize")  # their rows are n, not m
 
 
@@ -147,7 +149,7 @@ def cast(op: Op, stock: Stock, rows: int, cols: int) -> Problem:
         shape={"m": rows, "n": cols},
         activations="bf16",
         flops=0,
-        bytes=_nbytes(x.items[0], out.items[0]),
+        bytes=nbytes(x.items[0], out.items[0]),
         moves="copy",
         example={"x": x.items[0], "out": out.items[0]},
         arguments=lambda: {"x": x.next(), "out": out.next()},
@@ -170,7 +172,7 @@ def dequantize(stock: Stock, rows: int, cols: int) -> Problem:
         shape={"m": rows, "n": cols},
         activations="fp8",
         flops=0,
-        bytes=_nbytes(x.items[0], out.items[0]),
+        bytes=nbytes(x.items[0], out.items[0]),
         moves="copy",
         example={"x": x.items[0], "out": out.items[0]},
         arguments=lambda: {"x": x.next(), "out": out.next()},

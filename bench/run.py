@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import compete
+import grouped
 import machine
 import moe
 import overheads
@@ -16,6 +17,7 @@ import suites
 import torch
 import typer
 from compete import Effort, Row
+from grouped_peers import GROUPED_PEERS
 from moe_peers import MOE_PEERS
 from peers import PEERS, Peer, choose
 from rich.console import Console
@@ -26,9 +28,9 @@ from suites import Linear
 import moekern
 from moekern.testing.moe_models import LAYERS
 
-OP_NAMES = list(problems.OP_NAMES)
+OP_NAMES = list(problems.OPS)  # of one linear layer; --op moe and --op grouped are of whole sets of experts
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
-QUICK_MOE_PEERS = "torch-loop-bf16"
+QUICK_MOE_PEERS, QUICK_GROUPED_PEERS = "torch-loop-bf16", "torch-mm-bf16"
 MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
 WIDTH = 118  # of the tables where the output is no terminal
 BUSY = 0.5  # load, before this run adds its own
@@ -121,7 +123,7 @@ class Bench:
 def main(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
-    op: Annotated[str, typer.Option(help=f"moe, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
+    op: Annotated[str, typer.Option(help=f"moe, grouped, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
     m: Annotated[str | None, typer.Option(help="numbers of rows, separated by commas, instead of the suite's")] = None,
     activations: Annotated[str, typer.Option(help="bf16 (W8A16), fp8 (W8A8) or both")] = "bf16,fp8",
@@ -129,6 +131,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="under 3 minutes: fewer rows, samples and peers")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
+    groups: Annotated[int, typer.Option(min=1, help="of --op grouped: experts")] = grouped.GROUPS,
     layers: Annotated[str, typer.Option(help=f"of --op moe: {', '.join(LAYERS)}")] = MOE_LAYERS,
     checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
     layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
@@ -141,11 +144,14 @@ def main(
         table = suites.load(suite)
         if op == "moe":
             moe_peers, absent = choose(peers or (QUICK_MOE_PEERS if quick else ALL_PEERS), MOE_PEERS)
+        elif op == "grouped":
+            wanted = peers or (QUICK_GROUPED_PEERS if quick else "torch")
+            grouped_peers, absent = choose(wanted, GROUPED_PEERS)
         else:
             chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    ops = OP_NAMES if op == "all" else [] if op == "moe" else _words("--op", op, OP_NAMES)
+    ops = OP_NAMES if op == "all" else [] if op in ("moe", "grouped") else _words("--op", op, OP_NAMES)
     kinds = _words("--activations", activations, ["bf16", "fp8"])
     rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
 
@@ -174,6 +180,15 @@ def main(
         tokens = _numbers("--m", m) if m else moe.QUICK_TOKENS if quick else moe.TOKENS
         effort = Effort(0.25, 9) if quick else Effort(2.0, 25)
         found, notes = moe.run(console, weights, tokens, kinds, kernel, moe_peers, effort)
+        result["results"] = [row.to_json() for row in found]
+        report.legend(console, found, absent)
+    elif op == "grouped":
+        experts = tuple(linear for linear in table.linears if linear.expert)
+        if not experts:
+            raise typer.BadParameter(f"{suite}: it has no experts", param_hint="--suite")
+        of_all = _numbers("--m", m) if m else grouped.QUICK_ROWS if quick else grouped.ROWS
+        effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
+        found, notes = grouped.run(console, experts, groups, of_all, kinds, kernel, grouped_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
     else:

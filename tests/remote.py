@@ -7,6 +7,7 @@ Build with `cmake --workflow --preset aarch64` (g++-aarch64-linux-gnu, qemu-user
 from __future__ import annotations
 
 import functools
+import math
 import os
 import shutil
 import signal
@@ -210,7 +211,10 @@ class _Request:
             self._add_all("", named)
 
     def _add_all(self, prefix: str, named: dict[str, Any]) -> None:
-        self._add(f"{prefix}out", named.pop("out"), writable=True)
+        out = named.pop("out")
+        outputs = {f"out.{k}": v for k, v in out._asdict().items()} if isinstance(out, tuple) else {"out": out}
+        for name, value in outputs.items():
+            self._add(prefix + name, value, writable=True)
         for name, value in named.items():
             if isinstance(value, (torch.Tensor, ScaledTensor)):
                 self._add(prefix + name, value, writable=name == "workspace")
@@ -218,7 +222,9 @@ class _Request:
                 self._add_experts(name, value)
             elif name == "activation":
                 self.options.append(f"activation {ACTIVATIONS.index(value)}")
-            elif isinstance(value, (bool, int, float)):
+            elif name == "scoring":
+                self.options.append(f"sigmoid {int(value == 'sigmoid')}")
+            elif isinstance(value, (bool, int, float)) and math.isfinite(value):  # infinity is what an absent one means
                 self.options.append(f"{name} {float(value)!r}")
 
     def _add_experts(self, name: str, experts: ExpertWeights) -> None:
@@ -236,7 +242,10 @@ class _Request:
             self.options.append(f"{name}.{key} {value}")
 
     def _add(self, name: str, value: torch.Tensor | ScaledTensor, writable: bool) -> None:
-        if isinstance(value, ScaledTensor):
+        if isinstance(value, GroupedLayout):
+            self._add_matrix(f"{name}.starts", value.starts, (1, 1), False)
+            self._add_matrix(f"{name}.counts", value.counts, (1, 1), False)
+        elif isinstance(value, ScaledTensor):
             self._add_matrix(name, value.data, (1, 1), writable)
             self._add_matrix(f"{name}.scale", value.scale, value.block, writable)
         else:

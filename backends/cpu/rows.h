@@ -5,6 +5,7 @@
 #include "cpu/gemm/ukernel.h"
 #include "cpu/quant/from_fp8.h"
 #include "cpu/quant/to_fp8.h"
+#include "cpu/side_by_side.h"
 #include "moekern/float_formats.h"
 
 namespace moekern::cpu {
@@ -56,27 +57,17 @@ void row_load(Dtype t, const char* src, int64_t n, float* dst) {
   }
 }
 
-inline I32 round_to_bf16(F32 x) {
-  const I32 u = bits(x), odd = bit_and(shr32<16>(u), set1_i32(1));
-  const I32 rounded = add_i32(add_i32(u, set1_i32(0x7fff)), odd);
-  return shr32<16>(if_nan(x, bit_or(u, set1_i32(0x400000)), rounded));
+template <Dtype T>
+inline void store_row(const float* src, int64_t n, char* dst) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store_as<T>(dst, i, load(src + i));
+  for (; i < n; ++i) store_element_as<T>(dst, i, src[i]);
 }
 
 void row_store(Dtype t, const float* src, int64_t n, char* dst) {
-  int64_t i = 0;
   switch (t) {
-    case Dtype::bf16: {
-      auto* p = reinterpret_cast<uint16_t*>(dst);
-      for (; i + W <= n; i += W) store_low16(p + i, round_to_bf16(load(src + i)));
-      for (; i < n; ++i) p[i] = f32_to_bf16(src[i]);
-      return;
-    }
-    case Dtype::f16: {
-      auto* p = reinterpret_cast<uint16_t*>(dst);
-      for (; i + W <= n; i += W) store_f16(p + i, load(src + i));
-      for (; i < n; ++i) p[i] = f32_to_f16(src[i]);
-      return;
-    }
+    case Dtype::bf16: return store_row<Dtype::bf16>(src, n, dst);
+    case Dtype::f16: return store_row<Dtype::f16>(src, n, dst);
     default: copy(reinterpret_cast<float*>(dst), src, n);
   }
 }
@@ -90,75 +81,111 @@ void row_scale(const float* x, float s, int64_t n, float* dst) {
 
 // exp(x) for x in [-87.3, 88]: 2^n * e^r with n = rint(x / ln 2), |r| <= ln 2 / 2, and the Taylor
 // polynomial to r^7 (remainder 0.347^8 / 8! = 5e-9 < 2^-24).
-inline F32 exp_clamped(F32 x) {
-  const F32 bounded = min(set1(88.f), max(set1(-87.3f), x));
-  const F32 magic = set1(0x1.8p23f);
-  const F32 shifted = fma(bounded, set1(1.44269504089f), magic), n = sub(shifted, magic);
-  const F32 r = fma(n, set1(-1.42860677e-6f), fma(n, set1(-0.693145752f), bounded));  // ln 2 in two parts
-  F32 p = set1(1.f / 5040);
+template <class V>
+[[gnu::always_inline]] inline V exp_clamped(V x) {
+  const V bounded = min(set1(88.f), max(set1(-87.3f), x));
+  const V magic = set1(0x1.8p23f);
+  const V shifted = fma(bounded, set1(1.44269504089f), magic), n = sub(shifted, magic);
+  const V r = fma(n, set1(-1.42860677e-6f), fma(n, set1(-0.693145752f), bounded));  // ln 2 in two parts
+  V p = set1(1.f / 5040);
   const float coefficients[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
 #pragma GCC unroll 7
-  for (float c : coefficients) p = fma(p, r, set1(c));
+  for (float c : coefficients) p = fma(p, r, V(set1(c)));
   return as_f32(add_i32(bits(p), shl32<23>(bits(shifted))));
 }
 
 // Beyond the clamp runs on to infinity.
-inline F32 exp_to_infinity(F32 x) { return add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f))); }
+template <class V>
+[[gnu::always_inline]] inline V exp_to_infinity(V x) {
+  return add(exp_clamped(x), mul(max(zero(), sub(x, set1(88.f))), set1(3e38f)));
+}
 
 // Below the clamp runs on to zero, within one unit of x.
-inline F32 exp_to_zero(F32 x) { return mul(exp_clamped(x), min(set1(1.f), max(zero(), add(x, set1(88.3f))))); }
+template <class V>
+inline V exp_to_zero(V x) {
+  return mul(exp_clamped(x), min(set1(1.f), max(zero(), add(x, set1(88.3f)))));
+}
 
 // g / (1 + e^-x): where e^-x is infinite the result is -0, and NaN if g is -infinity.
-inline F32 over_one_plus_exp(F32 g, F32 minus_x) { return div(g, add(set1(1.f), exp_to_infinity(minus_x))); }
+template <class V>
+[[gnu::always_inline]] inline V over_one_plus_exp(V g, V minus_x) {
+  return div(g, add(set1(1.f), exp_to_infinity(minus_x)));
+}
 
 // erfc(z) for z >= 0 = t e^(-z^2 + P(t)), t = 1 / (1 + z / 2), within 1.2e-7 of it everywhere: the Chebyshev
 // fit of Press et al., Numerical Recipes, section 6.2.
-inline F32 erfc_positive(F32 z) {
-  const F32 t = div(set1(1.f), fma(set1(0.5f), z, set1(1.f)));
-  F32 p = set1(0.17087277f);
+template <class V>
+[[gnu::always_inline]] inline V erfc_positive(V z) {
+  const V t = div(set1(1.f), fma(set1(0.5f), z, set1(1.f)));
+  V p = set1(0.17087277f);
   const float coefficients[] = {-0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f, -0.18628806f,
                                 0.09678418f,  0.37409196f, 1.00002368f,  -1.26551223f};
 #pragma GCC unroll 9
-  for (float c : coefficients) p = fma(p, t, set1(c));
+  for (float c : coefficients) p = fma(p, t, V(set1(c)));
   return mul(t, exp_clamped(sub(p, mul(z, z))));
 }
 
-template <Activation A>
-inline F32 activated(F32 g, float alpha) {
+template <Activation A, class V>
+[[gnu::always_inline]] inline V activated(V g, float alpha) {
   if constexpr (A == Activation::swiglu) return over_one_plus_exp(g, mul(set1(-alpha), g));
   // (1 + tanh z) / 2 = 1 / (1 + e^-2z), z = sqrt(2 / pi) (g + 0.044715 g^3)
   if constexpr (A == Activation::gelu_tanh)
     return over_one_plus_exp(g, mul(mul(set1(-1.595769122f), g), fma(mul(set1(0.044715f), g), g, set1(1.f))));
   // g Phi(g) = max(g, 0) - |g| erfc(|g| / sqrt 2) / 2, and from 14 on erfc is 0 in f32
-  const F32 magnitude = min(set1(14.f), as_f32(magnitude_of(g)));
+  const V magnitude = min(set1(14.f), as_f32(magnitude_of(g)));
   return sub(max(zero(), g), mul(mul(set1(0.5f), magnitude), erfc_positive(mul(set1(0.707106781f), magnitude))));
 }
 
-template <Activation A>
-inline F32 gated(const Gating& f, F32 g, F32 u) {
-  const F32 limit = set1(f.limit);  // min and max give their second operand where one is NaN
-  const F32 up = max(set1(-f.limit), min(limit, u));
+template <Activation A, class V>
+[[gnu::always_inline]] inline V gated(const Gating& f, V g, V u) {
+  const V limit = set1(f.limit);  // min and max give their second operand where one is NaN
+  const V up = max(set1(-f.limit), min(limit, u));
   return mul(activated<A>(min(limit, g), f.alpha), f.beta == 0.f ? up : add(up, set1(f.beta)));
 }
 
-template <Activation A>
-inline void gated_row(const Gating& f, const float* gate, const float* up, int64_t n, float* dst) {
+template <Activation A, Dtype F>
+void gated_row(const Gating& f, const char* gate, const char* up, int64_t n, float* dst, int64_t ahead) {
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(dst + i, gated<A>(f, load(gate + i), load(up + i)));
-  if (i < n) {
+  for (; i + 4 * W <= n; i += 4 * W) {
+    prefetch(gate + ahead + i * size_of(F), 4 * W * size_of(F));
+    prefetch(up + ahead + i * size_of(F), 4 * W * size_of(F));
+    F32s g, u;
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      g.v[j] = load_as<F>(gate, i + j * W);
+      u.v[j] = load_as<F>(up, i + j * W);
+    }
+    const F32s y = gated<A>(f, g, u);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) store(dst + i + j * W, y.v[j]);
+  }
+  for (; i < n; i += W) {
+    const int64_t count = n - i < W ? n - i : W;
     Tail tail;
-    copy(tail.x, gate + i, n - i);
-    copy(tail.y, up + i, n - i);
+    for (int64_t j = 0; j < count; ++j) {
+      tail.x[j] = element_as<F>(gate, i + j);
+      tail.y[j] = element_as<F>(up, i + j);
+    }
     store(tail.x, gated<A>(f, load(tail.x), load(tail.y)));
-    copy(dst + i, tail.x, n - i);
+    copy(dst + i, tail.x, count);
   }
 }
 
-void row_gated(const Gating& f, const float* gate, const float* up, int64_t n, float* dst) {
+template <Activation A>
+inline void gated_from(const Gating& f, Dtype t, const char* gate, const char* up, int64_t n, float* dst,
+                       int64_t ahead) {
+  switch (t) {
+    case Dtype::bf16: return gated_row<A, Dtype::bf16>(f, gate, up, n, dst, ahead);
+    case Dtype::f16: return gated_row<A, Dtype::f16>(f, gate, up, n, dst, ahead);
+    default: return gated_row<A, Dtype::f32>(f, gate, up, n, dst, ahead);
+  }
+}
+
+void row_gated(const Gating& f, Dtype t, const char* gate, const char* up, int64_t n, float* dst, int64_t ahead) {
   switch (f.activation) {
-    case Activation::gelu: return gated_row<Activation::gelu>(f, gate, up, n, dst);
-    case Activation::gelu_tanh: return gated_row<Activation::gelu_tanh>(f, gate, up, n, dst);
-    default: return gated_row<Activation::swiglu>(f, gate, up, n, dst);
+    case Activation::gelu: return gated_from<Activation::gelu>(f, t, gate, up, n, dst, ahead);
+    case Activation::gelu_tanh: return gated_from<Activation::gelu_tanh>(f, t, gate, up, n, dst, ahead);
+    default: return gated_from<Activation::swiglu>(f, t, gate, up, n, dst, ahead);
   }
 }
 

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "moekern/arguments.h"
+#include "moekern/routing.h"
 
 namespace moekern::cpu {
 const Backend& backend();
@@ -48,6 +49,9 @@ void list() {
     std::cout << "kernel grouped " << k.name << features_of(k.needs, " ") << "\n";
   for (const ExpertsKernel& k : b.experts)
     std::cout << "kernel fused_experts " << k.name << features_of(k.needs, " ") << "\n";
+  for (const RoutingKernel& k : b.routing)
+    for (const char* op : {"moe_gate", "moe_permute", "moe_unpermute"})
+      std::cout << "kernel " << op << " " << k.name << features_of(k.needs, " ") << "\n";
   for (const CastKernel& k : b.cast) std::cout << "kernel cast " << k.name << features_of(k.needs, " ") << "\n";
   std::cout << "end\n";
 }
@@ -241,6 +245,63 @@ const char* fused_experts(const Request& r, bool ask) {
   return nullptr;
 }
 
+const char* moe_gate(const Request& r, bool ask) {
+  const RoutingKernel& kernel = row_named(cpu::backend().routing, r.kernel);
+  GateProblem p;
+  p.logits = r.matrix("logits");
+  p.correction_bias = r.matrix("correction_bias");
+  p.weights = r.matrix("out.weights");
+  p.ids = r.matrix("out.ids");
+  p.topk = static_cast<int>(r.option("topk"));
+  p.groups = static_cast<int>(r.option("num_expert_group"));
+  p.kept_groups = static_cast<int>(r.option("topk_group"));
+  p.sigmoid = r.option("sigmoid") != 0;
+  p.renormalize = r.option("renormalize") != 0;
+  p.routed_scaling_factor = static_cast<float>(r.option("routed_scaling_factor"));
+  p.mask_value = static_cast<float>(r.option("mask_value", -INFINITY));
+  p.threads = r.threads;
+  check_gate("moe_gate", p);
+  check_gate_output("moe_gate", p);
+  if (!ask && p.logits.rows) kernel.gate(p);
+  return nullptr;
+}
+
+const char* moe_permute(const Request& r, bool ask) {
+  const RoutingKernel& kernel = row_named(cpu::backend().routing, r.kernel);
+  const auto experts = static_cast<int64_t>(r.option("num_experts"));
+  PermuteProblem p;
+  p.x = r.matrix("x");
+  p.sx = r.grid("x.scale");
+  p.ids = r.matrix("ids");
+  p.expert_map = r.matrix("expert_map");
+  p.starts = r.matrix("out.layout.starts");
+  p.counts = r.matrix("out.layout.counts");
+  p.alignment = static_cast<int64_t>(r.option("alignment"));
+  p.out = r.matrix("out.x");
+  p.sout = r.grid("out.x.scale");
+  p.inverse = r.matrix("out.inverse");
+  p.threads = r.threads;
+  check_permute("moe_permute", p, experts);
+  std::vector<int64_t> starts(static_cast<size_t>(experts)), counts(starts);
+  check_permute_output("moe_permute", p, count_experts(p, starts.data(), counts.data(), experts));
+  if (!ask) kernel.permute(p);
+  return nullptr;
+}
+
+const char* moe_unpermute(const Request& r, bool ask) {
+  const RoutingKernel& kernel = row_named(cpu::backend().routing, r.kernel);
+  UnpermuteProblem p;
+  p.y = r.matrix("y");
+  p.inverse = r.matrix("inverse");
+  p.weights = r.matrix("weights");
+  p.out = r.matrix("out");
+  p.threads = r.threads;
+  check_unpermute("moe_unpermute", p);
+  check_unpermute_output("moe_unpermute", p);
+  if (!ask && p.out.rows && p.out.cols) kernel.unpermute(p);
+  return nullptr;
+}
+
 void serve(const std::string& verb) {
   Request request(std::cin);
   const bool ask = verb == "ask";
@@ -249,6 +310,9 @@ void serve(const std::string& verb) {
     reason = request.op == "fp8_gemm_nt"                         ? gemm(request, ask)
              : request.op == "fused_experts"                     ? fused_experts(request, ask)
              : request.op.find("_grouped_") != std::string::npos ? grouped(request, ask)
+             : request.op == "moe_gate"                          ? moe_gate(request, ask)
+             : request.op == "moe_permute"                       ? moe_permute(request, ask)
+             : request.op == "moe_unpermute"                     ? moe_unpermute(request, ask)
                                                                  : cast(request, ask);
   } catch (const std::logic_error& fault) {  // of an emulated instruction, amid a parallel region
     std::cerr << fault.what() << "\n";

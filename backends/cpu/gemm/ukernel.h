@@ -12,11 +12,11 @@ constexpr int kBlock = 128;  // k advances one scale block at a time, in both ke
 
 // Rows of x to cast to FP8 together, `width` columns after another: the blocks are as tall as the panel, and
 // one column wide or kBlock. Strides of rows are in bytes.
-constexpr int64_t kWidestCast = 2048;
+constexpr int64_t kWidestRow = 2048, kWidestPanel = 512;  // columns of one row, of 128
 struct CastPanel {
   const char* x;
   int64_t x_stride, rows, cols;
-  int64_t width;  // a multiple of kBlock, at most kWidestCast
+  int64_t width;  // a multiple of kBlock, at most kWidestRow, and at most kWidestPanel if by_column
   bool by_column;
   uint8_t* q;
   int64_t q_stride;
@@ -38,7 +38,8 @@ struct RowOps {
   // dst[i] = x[i] * scale[i / block], `finite` if all scales are; past_caches as in CastPanel.
   void (*dequantize)(Dtype from, Dtype to, const uint8_t* x, const float* scale, int64_t block, bool finite, int64_t n,
                      char* dst, bool past_caches);
-  void (*gated)(const Gating&, const float* gate, const float* up, int64_t n, float* dst);  // activation(gate) * up
+  // dst = activation(gate) * up, of f32, f16 or bf16. What is `ahead` bytes further on will be read next.
+  void (*gated)(const Gating&, Dtype, const char* gate, const char* up, int64_t n, float* dst, int64_t ahead);
 };
 
 // c[i, :] += row_scale[i] * scale[:] * sum_p a[i, p] * b_strip[p, :] for mr rows; kc is a multiple of

@@ -27,6 +27,7 @@ namespace moekern::cpu {
 namespace {
 
 constexpr int64_t kChunkBytes = 64 << 20;  // of a chunk's hidden states, and of its normalised x
+constexpr int64_t kChunkTokens = 2048;     // whose sums for 128 columns are the 1 MiB of an L2
 
 bool is_quantised(const ExpertsProblem& p) { return p.quantize || is_fp8(p.x.dtype); }
 
@@ -65,7 +66,7 @@ struct Memory {
     const int64_t h_bytes = quantised ? 5 : size_of(p.x.dtype);
     const int64_t token_bytes =
         std::max<int64_t>({per_token * intermediate * h_bytes, hidden * static_cast<int64_t>(sizeof(float)), 1});
-    chunk = std::min(p.tokens(), std::max<int64_t>(kChunkBytes / token_bytes, 1));
+    chunk = std::min({p.tokens(), kChunkTokens, std::max<int64_t>(kChunkBytes / token_bytes, 1)});
     slots = chunk * per_token;
     take(token_of, memory, slots);
     take(slot_of, memory, slots);
@@ -252,7 +253,8 @@ class Chunk {
         }
         add_bias(rows, gate, j0, cols, a);
         add_bias(rows, up, j0, cols, b);
-        rows.gated(p_.gating, a, b, cols, a);
+        rows.gated(p_.gating, Dtype::f32, reinterpret_cast<const char*>(a), reinterpret_cast<const char*>(b), cols, a,
+                   0);
         rows.store(h_.dtype, a, cols, h_.at(g.first + i, j0));
         if (j0 + cols == gate.count)  // of an expert that is narrower than others
           std::memset(h_.at(g.first + i, gate.count), 0,

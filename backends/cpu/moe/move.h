@@ -4,8 +4,8 @@
 // Included after one simd/*.h: everything here is per ISA.
 #include <cstdint>
 
+#include "cpu/elements.h"
 #include "cpu/moe/driver.h"
-#include "cpu/rows.h"
 
 namespace moekern::cpu {
 namespace {
@@ -24,29 +24,35 @@ constexpr int kSumVectors = 4;  // one accumulator each: loads and conversions a
 
 // A product and a sum round once each, in the order of the rows, on every ISA alike. -0 is the sum of nothing:
 // added to -0 it stays so.
-template <Dtype F>
-inline void weighted_sum_from(const char* const* rows, const float* weights, int count, int64_t n, Dtype to,
-                              char* dst) {
-  constexpr int64_t kStep = kSumVectors * W;
-  alignas(64) float sums[kStep];
+template <Dtype From, Dtype To>
+inline void weighted_sum_as(const char* const* rows, const float* weights, int count, int64_t n, char* dst) {
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    F32 acc[kSumVectors];
+  for (; i + kSumVectors * W <= n; i += kSumVectors * W) {
+    F32 sums[kSumVectors];
 #pragma GCC unroll 4
-    for (F32& a : acc) a = set1(-0.f);
+    for (F32& sum : sums) sum = set1(-0.f);
     for (int j = 0; j < count; ++j) {
       const F32 weight = set1(weights[j]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kSumVectors; ++v) acc[v] = add(acc[v], mul(weight, load_as<F>(rows[j], i + v * W)));
+      for (int v = 0; v < kSumVectors; ++v) sums[v] = add(sums[v], mul(weight, load_as<From>(rows[j], i + v * W)));
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kSumVectors; ++v) store(sums + v * W, acc[v]);
-    row_store(to, sums, kStep, dst + i * size_of(to));
+    for (int v = 0; v < kSumVectors; ++v) store_as<To>(dst, i + v * W, sums[v]);
   }
   for (; i < n; ++i) {
     float sum = -0.f;
-    for (int j = 0; j < count; ++j) sum += weights[j] * element_as<F>(rows[j], i);
-    row_store(to, &sum, 1, dst + i * size_of(to));
+    for (int j = 0; j < count; ++j) sum += weights[j] * element_as<From>(rows[j], i);
+    store_element_as<To>(dst, i, sum);
+  }
+}
+
+template <Dtype From>
+inline void weighted_sum_from(const char* const* rows, const float* weights, int count, int64_t n, Dtype to,
+                              char* dst) {
+  switch (to) {
+    case Dtype::bf16: return weighted_sum_as<From, Dtype::bf16>(rows, weights, count, n, dst);
+    case Dtype::f16: return weighted_sum_as<From, Dtype::f16>(rows, weights, count, n, dst);
+    default: return weighted_sum_as<From, Dtype::f32>(rows, weights, count, n, dst);
   }
 }
 

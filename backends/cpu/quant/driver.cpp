@@ -27,6 +27,7 @@ struct Panel {
 };
 
 struct PlainInput {
+  static constexpr bool kInPlace = true;
   const RowOps& rows;
   const Matrix& x;
   Source source(const Panel& p, const Panel& next) const {
@@ -41,15 +42,25 @@ struct PlainInput {
 
 // silu(gate) * up
 struct GatedInput {
+  static constexpr bool kInPlace = false;
   const RowOps& rows;
   const Matrix& x;
-  Source source(const Panel& p, const Panel&) const {
-    float* gate = scratch_of<float>(Slot::own_b, 2 * p.cols);
-    float* up = gate + p.cols;
-    load_row(rows, x, p.i0, p.j0, p.cols, gate);
-    load_row(rows, x, p.i0, x.cols / 2 + p.j0, p.cols, up);
-    rows.gated(Gating{}, gate, up, p.cols, gate);
-    const auto* data = reinterpret_cast<const char*>(gate);
+  Source source(const Panel& p, const Panel& next) const {
+    float* y = scratch_of<float>(Slot::own_b, 3 * p.cols);
+    const char *gate = x.at(p.i0, p.j0), *up = x.at(p.i0, x.cols / 2 + p.j0);
+    Dtype dtype = x.dtype;
+    int64_t ahead = x.at(next.i0, next.j0) - gate;
+    if (x.col_stride != 1) {
+      float *gates = y + p.cols, *ups = gates + p.cols;
+      load_row(rows, x, p.i0, p.j0, p.cols, gates);
+      load_row(rows, x, p.i0, x.cols / 2 + p.j0, p.cols, ups);
+      gate = reinterpret_cast<const char*>(gates);
+      up = reinterpret_cast<const char*>(ups);
+      dtype = Dtype::f32;
+      ahead = 0;
+    }
+    rows.gated(Gating{}, dtype, gate, up, p.cols, y, ahead);
+    const auto* data = reinterpret_cast<const char*>(y);
     return {Dtype::f32, data, 0, data};
   }
 };
@@ -71,9 +82,9 @@ void settle(bool past_caches) {
 template <class Input>
 void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
   // What is read twice stays in L1 meanwhile, or in L2 where blocks are 128 rows tall, beside what is next.
-  const int64_t height = p.scale.block_rows, widest = height == 1 ? kWidestCast : 512;
+  const int64_t height = p.scale.block_rows, widest = height == 1 ? kWidestRow : kWidestPanel;
   const int64_t width = round_up(ceil_div(p.q.cols, ceil_div(p.q.cols, widest)), kBlock);
-  const int64_t cols = height == 1 ? p.q.cols : width, across = ceil_div(p.q.cols, cols);
+  const int64_t cols = height == 1 && Input::kInPlace ? p.q.cols : width, across = ceil_div(p.q.cols, cols);
   const int64_t total = ceil_div(p.q.rows, height) * across;
   const bool past = past_caches(p.q);
   const auto panel = [&](int64_t t) {

@@ -2,6 +2,7 @@
 #pragma once
 
 // Included after one simd/*.h: everything here is per ISA.
+#include "cpu/elements.h"
 #include "cpu/gemm/decode.h"
 #include "cpu/gemm/ukernel.h"
 #include "moekern/float_formats.h"
@@ -61,15 +62,6 @@ inline int64_t dequantize_run(const uint8_t* x, int64_t i, int64_t end, float sc
   return i;
 }
 
-template <Dtype To>
-inline void store_element(char* dst, int64_t i, float x) {
-  if constexpr (To == Dtype::f32) {
-    reinterpret_cast<float*>(dst)[i] = x;
-  } else {
-    reinterpret_cast<uint16_t*>(dst)[i] = To == Dtype::bf16 ? f32_to_bf16(x) : f32_to_f16(x);
-  }
-}
-
 // A row with a NaN or an infinity is done again, slowly.
 template <Dtype From, Dtype To, bool kPastCaches>
 void dequantize_row(const uint8_t* x, const float* scale, int64_t block, bool finite, int64_t n, char* dst) {
@@ -78,7 +70,7 @@ void dequantize_row(const uint8_t* x, const float* scale, int64_t block, bool fi
     for (int64_t i = 0, b = 0; i < n; ++b) {
       const int64_t end = n - i < block ? n : i + block;
       if (fast) i = dequantize_run<From, To, kPastCaches>(x, i, end, scale[b], dst, special);
-      for (; i < end; ++i) store_element<To>(dst, i, fp8_to_f32(From, x[i]) * scale[b]);
+      for (; i < end; ++i) store_element_as<To>(dst, i, fp8_to_f32(From, x[i]) * scale[b]);
     }
   };
   row(finite);

@@ -282,6 +282,11 @@ def _cases() -> Iterator[Experts]:
         yield Experts(tokens, 300, 200, 6, 2)
         yield Experts(tokens, 264, 130, 5, 3, quantize=True)
         yield Experts(tokens, 140, 97, 4, 2, x="e4m3fn", out="f32")
+    # More rows of an expert than one task takes, and more tokens than a chunk has.
+    for reduce in (True, False):
+        yield Experts(600, 70, 40, 3, 2, routing="skewed", reduce=reduce)
+        yield Experts(2100, 20, 12, 3, 2, routing="skips", reduce=reduce, quantize=True)
+    yield Experts(2100, 20, 12, 2, 1, shared=1)
     for hidden, intermediate in ((1, 1), (3, 31), (31, 3), (129, 128), (128, 129), (256, 64), (576, 40)):
         for x in ("bf16", "e4m3fn"):
             yield Experts(5, hidden, intermediate, 3, 2, x=x, out="f32")
