@@ -12,7 +12,7 @@ import torch
 from limits import Limits
 from measure import Contender, Samples, interleave
 from peers import Peer
-from problems import Problem, sampled_error
+from problems import Problem
 from stock import Stock
 
 import moekern
@@ -102,14 +102,12 @@ def kernels_of(problem: Problem, pattern: str | None) -> list[tuple[Kernel, bool
     ]
 
 
-def checked_peers(
-    bound: list[Peer], exact_call: dict[str, Any], notes: list[str], where: str
-) -> dict[str, tuple[Peer, float]]:
-    """Peers that compute the same layer, with their relative rms error."""
+def checked_peers(bound: list[Peer], problem: Problem, notes: list[str], where: str) -> dict[str, tuple[Peer, float]]:
+    """Peers that compute the same, with their relative rms error."""
     kept = {}
     for peer in bound:
         try:
-            error = sampled_error(peer.call(0), exact_call)
+            error = problem.peer_error(peer.call(0), problem.example)
         except RuntimeError as failure:
             notes.append(f"{peer.name} left out at {where}: {failure}")
             continue
@@ -149,7 +147,7 @@ def compete(
     if not entries:
         return []
     limits = Limits(stock, [kernel for _, _, kernel, _ in entries], copying=problems[0].moves == "copy")
-    known = checked_peers(peers, problems[0].example, notes, f"m={problems[0].shape['m']} of {linear}")
+    known = checked_peers(peers, problems[0], notes, f"m={problems[0].shape['m']} of {linear}")
     contenders = [
         Contender(name, problem.call, partial(moekern.use, kernel={problem.op.name: kernel.name}))
         for name, problem, kernel, _ in entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Problem:
     example: dict[str, Any]  # arguments of one call, on the first copies
     arguments: Callable[[], dict[str, Any]]  # of a call, on the next copies
     check: Callable[[Any, dict[str, Any]], None]  # raises AssertionError
+    peer_error: Callable[[Any, dict[str, Any]], float] = field(default_factory=lambda: sampled_error)
 
     def call(self, turn: int) -> Any:
         return self.op(**self.arguments())
@@ -39,7 +40,7 @@ class Problem:
         return self.op.prepare(**self.example)
 
 
-def _nbytes(*operands: torch.Tensor | ScaledTensor) -> int:
+def nbytes(*operands: torch.Tensor | ScaledTensor) -> int:
     tensors = [t for x in operands for t in (tuple(x) if isinstance(x, ScaledTensor) else (x,))]
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -88,7 +89,7 @@ def gemm(weights: Copies[ScaledTensor], m: int, activations: str) -> Problem:
         shape={"m": m, "n": n, "k": k},
         activations=activations,
         flops=2 * m * n * k,
-        bytes=_nbytes(a, first, out),
+        bytes=nbytes(a, first, out),
         moves="read",
         example={"a": a, "b": first, "out": out},
         arguments=lambda: {"a": a, "b": weights.next(), "out": out},
@@ -146,7 +147,7 @@ def cast(op: Op, stock: Stock, rows: int, cols: int) -> Problem:
         shape={"m": rows, "n": cols},
         activations="bf16",
         flops=0,
-        bytes=_nbytes(x.items[0], out.items[0]),
+        bytes=nbytes(x.items[0], out.items[0]),
         moves="copy",
         example={"x": x.items[0], "out": out.items[0]},
         arguments=lambda: {"x": x.next(), "out": out.next()},
@@ -169,7 +170,7 @@ def dequantize(stock: Stock, rows: int, cols: int) -> Problem:
         shape={"m": rows, "n": cols},
         activations="fp8",
         flops=0,
-        bytes=_nbytes(x.items[0], out.items[0]),
+        bytes=nbytes(x.items[0], out.items[0]),
         moves="copy",
         example={"x": x.items[0], "out": out.items[0]},
         arguments=lambda: {"x": x.next(), "out": out.next()},

@@ -12,6 +12,7 @@ import moe
 import overheads
 import problems
 import report
+import routing
 import suites
 import torch
 import typer
@@ -27,7 +28,9 @@ import moekern
 from moekern.ops import OPS
 from moekern.testing.moe_models import LAYERS
 
-OP_NAMES = [op.name for op in OPS if op.name != "fused_experts"]  # whose benchmark is of whole layers: --op moe
+OF_LAYERS = ("fused_experts", *routing.OP_NAMES)  # whose benchmarks are of whole layers: --op moe, --op routing
+OP_NAMES = [op.name for op in OPS if op.name not in OF_LAYERS]
+ROUTING = {"routing": routing.OP_NAMES, **{name: [name] for name in routing.OP_NAMES}}
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
 QUICK_MOE_PEERS = "torch-loop-bf16"
 MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
@@ -122,7 +125,7 @@ class Bench:
 def main(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
-    op: Annotated[str, typer.Option(help=f"moe, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
+    op: Annotated[str, typer.Option(help=f"moe, routing, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
     m: Annotated[str | None, typer.Option(help="numbers of rows, separated by commas, instead of the suite's")] = None,
     activations: Annotated[str, typer.Option(help="bf16 (W8A16), fp8 (W8A8) or both")] = "bf16,fp8",
@@ -130,7 +133,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="under 3 minutes: fewer rows, samples and peers")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
-    layers: Annotated[str, typer.Option(help=f"of --op moe: {', '.join(LAYERS)}")] = MOE_LAYERS,
+    layers: Annotated[str, typer.Option(help=f"of --op moe or routing: {', '.join(LAYERS)}")] = MOE_LAYERS,
     checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
     layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
     real: Annotated[bool, typer.Option("--real", help="instead: a real language model with FP8 layers")] = False,
@@ -142,11 +145,21 @@ def main(
         table = suites.load(suite)
         if op == "moe":
             moe_peers, absent = choose(peers or (QUICK_MOE_PEERS if quick else ALL_PEERS), MOE_PEERS)
+        elif op in ROUTING:
+            routing_peers, absent = choose(peers or "torch", routing.ROUTING_PEERS)
         else:
             chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    ops = OP_NAMES if op == "all" else [] if op == "moe" else _words("--op", op, OP_NAMES)
+    ops = (
+        OP_NAMES
+        if op == "all"
+        else ROUTING[op]
+        if op in ROUTING
+        else []
+        if op == "moe"
+        else _words("--op", op, OP_NAMES)
+    )
     kinds = _words("--activations", activations, ["bf16", "fp8"])
     rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
 
@@ -175,6 +188,13 @@ def main(
         tokens = _numbers("--m", m) if m else moe.QUICK_TOKENS if quick else moe.TOKENS
         effort = Effort(0.25, 9) if quick else Effort(2.0, 25)
         found, notes = moe.run(console, weights, tokens, kinds, kernel, moe_peers, effort)
+        result["results"] = [row.to_json() for row in found]
+        report.legend(console, found, absent)
+    elif op in ROUTING:
+        tokens = _numbers("--m", m) if m else routing.QUICK_TOKENS if quick else routing.TOKENS
+        effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
+        chosen_layers = _words("--layers", layers, list(LAYERS))
+        found, notes = routing.run(console, ops, chosen_layers, tokens, kinds, kernel, routing_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
     else:
