@@ -102,12 +102,13 @@ def kernels_of(problem: Problem, pattern: str | None) -> list[tuple[Kernel, bool
     ]
 
 
-def checked_peers(bound: list[Peer], problem: Problem, notes: list[str], where: str) -> dict[str, tuple[Peer, float]]:
-    """Peers that compute the same, with their relative rms error."""
+def checked_peers(bound: list[Any], problem: Problem, notes: list[str], where: str) -> dict[str, tuple[Any, float]]:
+    """Peers that compute the same layer, with their relative rms error."""
     kept = {}
     for peer in bound:
         try:
-            error = problem.peer_error(peer.call(0), problem.example)
+            assert problem.error is not None
+            error = problem.error(peer.call(0), problem.example)
         except RuntimeError as failure:
             notes.append(f"{peer.name} left out at {where}: {failure}")
             continue
@@ -123,7 +124,7 @@ def compete(
     linear: str,
     problems: list[Problem],
     pattern: str | None,
-    peers: list[Peer],
+    peers: list[Any],
     effort: Effort,
     notes: list[str],
 ) -> list[Row]:

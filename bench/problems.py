@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Problem:
     example: dict[str, Any]  # arguments of one call, on the first copies
     arguments: Callable[[], dict[str, Any]]  # of a call, on the next copies
     check: Callable[[Any, dict[str, Any]], None]  # raises AssertionError
-    peer_error: Callable[[Any, dict[str, Any]], float] = field(default_factory=lambda: sampled_error)
+    error: Callable[[Any, dict[str, Any]], float] | None = None  # relative rms error of somebody's result, for peers
 
     def call(self, turn: int) -> Any:
         return self.op(**self.arguments())
@@ -64,7 +64,7 @@ def _sampled(out: torch.Tensor, call: dict[str, Any]) -> tuple[torch.Tensor, Gem
     return out[i][:, j], gemm_oracle(fp8_gemm_nt, _some_rows(call["a"], i), _some_rows(call["b"], j))
 
 
-def _check_gemm(out: torch.Tensor, call: dict[str, Any]) -> None:
+def check_gemm(out: torch.Tensor, call: dict[str, Any]) -> None:
     if not out.isfinite().all():
         raise WrongResult(f"{int((~out.isfinite()).sum())} of {out.numel()} results are not finite")
     check_bound(*_sampled(out, call))
@@ -93,7 +93,8 @@ def gemm(weights: Copies[ScaledTensor], m: int, activations: str) -> Problem:
         moves="read",
         example={"a": a, "b": first, "out": out},
         arguments=lambda: {"a": a, "b": weights.next(), "out": out},
-        check=_check_gemm,
+        check=check_gemm,
+        error=sampled_error,
     )
 
 
@@ -109,6 +110,7 @@ BLOCKS = {
     "per_block_cast_to_fp8": (128, 128),
     "per_channel_cast_to_fp8": (128, 1),
 }
+OPS = ("fp8_gemm_nt", *BLOCKS, "dequantize")  # whose problems are of one linear layer
 OF_WEIGHTS = ("per_block_cast_to_fp8", "per_channel_cast_to_fp8", "dequantize")  # their rows are n, not m
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from compete import Row
+from grouped_peers import GROUPED_PEERS
 from machine import headline
 from measure import Samples
 from moe_peers import MOE_PEERS
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 from routing import ROUTING_PEERS
 
-KNOWN = (*PEERS, *MOE_PEERS, *ROUTING_PEERS)
+KNOWN = (*PEERS, *MOE_PEERS, *GROUPED_PEERS, *ROUTING_PEERS)
 SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort-") for peer in KNOWN}
 
 

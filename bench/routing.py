@@ -159,15 +159,13 @@ class Case:
         turns: tuple[str, list[Any]],
         fixed: dict[str, Any],
         check: Callable[[Any, dict[str, Any]], None],
-        peer_error: Callable[[Any, dict[str, Any]], float],
+        error: Callable[[Any, dict[str, Any]], float],
     ) -> Problem:
         name, values = turns
         turn = itertools.cycle(values)
         shape = {"m": self.tokens, "n": columns, "k": self.layer.top_k}
         example = {name: values[0], **fixed}
-        return Problem(
-            op, shape, kind, 0, moved, "copy", example, lambda: {name: next(turn), **fixed}, check, peer_error
-        )
+        return Problem(op, shape, kind, 0, moved, "copy", example, lambda: {name: next(turn), **fixed}, check, error)
 
     def _permute_error(self, got: torch.Tensor, call: dict[str, Any]) -> float:
         some = _sample(self.tokens)

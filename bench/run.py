@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import compete
+import grouped
 import machine
 import moe
 import overheads
@@ -17,6 +18,7 @@ import suites
 import torch
 import typer
 from compete import Effort, Row
+from grouped_peers import GROUPED_PEERS
 from moe_peers import MOE_PEERS
 from peers import PEERS, Peer, choose
 from rich.console import Console
@@ -25,14 +27,12 @@ from stock import Stock
 from suites import Linear
 
 import moekern
-from moekern.ops import OPS
 from moekern.testing.moe_models import LAYERS
 
-OF_LAYERS = ("fused_experts", *routing.OP_NAMES)  # whose benchmarks are of whole layers: --op moe, --op routing
-OP_NAMES = [op.name for op in OPS if op.name not in OF_LAYERS]
+OP_NAMES = list(problems.OPS)  # of one linear layer; --op moe, grouped and routing are of whole sets of experts
 ROUTING = {"routing": routing.OP_NAMES, **{name: [name] for name in routing.OP_NAMES}}
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
-QUICK_MOE_PEERS = "torch-loop-bf16"
+QUICK_MOE_PEERS, QUICK_GROUPED_PEERS = "torch-loop-bf16", "torch-mm-bf16"
 MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
 WIDTH = 118  # of the tables where the output is no terminal
 BUSY = 0.5  # load, before this run adds its own
@@ -125,7 +125,9 @@ class Bench:
 def main(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
-    op: Annotated[str, typer.Option(help=f"moe, routing, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
+    op: Annotated[
+        str, typer.Option(help=f"moe, grouped, routing, or ops, or all ops: {', '.join(OP_NAMES)}")
+    ] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
     m: Annotated[str | None, typer.Option(help="numbers of rows, separated by commas, instead of the suite's")] = None,
     activations: Annotated[str, typer.Option(help="bf16 (W8A16), fp8 (W8A8) or both")] = "bf16,fp8",
@@ -133,7 +135,8 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="under 3 minutes: fewer rows, samples and peers")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
-    layers: Annotated[str, typer.Option(help=f"of --op moe or routing: {', '.join(LAYERS)}")] = MOE_LAYERS,
+    groups: Annotated[int, typer.Option(min=1, help="of --op grouped: experts")] = grouped.GROUPS,
+    layers: Annotated[str, typer.Option(help=f"of --op moe and routing: {', '.join(LAYERS)}")] = MOE_LAYERS,
     checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
     layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
     real: Annotated[bool, typer.Option("--real", help="instead: a real language model with FP8 layers")] = False,
@@ -145,21 +148,17 @@ def main(
         table = suites.load(suite)
         if op == "moe":
             moe_peers, absent = choose(peers or (QUICK_MOE_PEERS if quick else ALL_PEERS), MOE_PEERS)
+        elif op == "grouped":
+            wanted = peers or (QUICK_GROUPED_PEERS if quick else "torch")
+            grouped_peers, absent = choose(wanted, GROUPED_PEERS)
         elif op in ROUTING:
             routing_peers, absent = choose(peers or "torch", routing.ROUTING_PEERS)
         else:
             chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    ops = (
-        OP_NAMES
-        if op == "all"
-        else ROUTING[op]
-        if op in ROUTING
-        else []
-        if op == "moe"
-        else _words("--op", op, OP_NAMES)
-    )
+    named = {"all": OP_NAMES, "moe": [], "grouped": [], **ROUTING}
+    ops = named[op] if op in named else _words("--op", op, OP_NAMES)
     kinds = _words("--activations", activations, ["bf16", "fp8"])
     rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
 
@@ -190,11 +189,20 @@ def main(
         found, notes = moe.run(console, weights, tokens, kinds, kernel, moe_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
+    elif op == "grouped":
+        experts = tuple(linear for linear in table.linears if linear.expert)
+        if not experts:
+            raise typer.BadParameter(f"{suite}: it has no experts", param_hint="--suite")
+        of_all = _numbers("--m", m) if m else grouped.QUICK_ROWS if quick else grouped.ROWS
+        effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
+        found, notes = grouped.run(console, experts, groups, of_all, kinds, kernel, grouped_peers, effort)
+        result["results"] = [row.to_json() for row in found]
+        report.legend(console, found, absent)
     elif op in ROUTING:
         tokens = _numbers("--m", m) if m else routing.QUICK_TOKENS if quick else routing.TOKENS
         effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
-        chosen_layers = _words("--layers", layers, list(LAYERS))
-        found, notes = routing.run(console, ops, chosen_layers, tokens, kinds, kernel, routing_peers, effort)
+        layer_names = _words("--layers", layers, list(LAYERS))
+        found, notes = routing.run(console, ops, layer_names, tokens, kinds, kernel, routing_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
     else:

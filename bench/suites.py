@@ -15,6 +15,11 @@ class Linear:
     n: int  # output features: rows of the weight
     k: int  # input features: columns of the weight
 
+    @property
+    def expert(self) -> bool:
+        """Whether there is one for every expert."""
+        return self.name.startswith("expert")
+
 
 @dataclass(frozen=True)
 class Suite:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moekern
 from moekern import GroupedLayout, ScaledTensor
@@ -253,6 +254,11 @@ def m_grouped(**changes: Any) -> Any:
     return moekern.m_grouped_fp8_gemm_nt_contiguous(**arguments)
 
 
+def fake_weights() -> moekern.GroupedWeights:
+    with FakeTensorMode() as mode:
+        return moekern.GroupedWeights([(mode.from_tensor(fp8(N, K)), mode.from_tensor(grid(2, 3))) for _ in range(G)])
+
+
 def written(index: int, value: int, of: str = "counts") -> GroupedLayout:
     """A layout that somebody wrote to, behind the constructor's back."""
     layout = rows_layout()
@@ -314,6 +320,7 @@ M_GROUPED: dict[str, tuple[str, Callable[[], Any]]] = {
         "b",
         lambda: m_grouped(b=[weights(), weights(), (fp8(N, K).to("meta"), grid(2, 3).to("meta"))]),
     ),
+    "b fake matrices with a plain a": ("b", lambda: m_grouped(b=fake_weights())),
     "b other groups than the layout": ("b", lambda: m_grouped(b=fp8_stack(G + 1))),
     "b a list of other groups": ("b", lambda: m_grouped(b=[weights()] * (G - 1))),
     "b meta": ("b", lambda: m_grouped(b=(fp8(G, N, K).to("meta"), grid(G, 2, 3).to("meta")))),

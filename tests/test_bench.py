@@ -64,9 +64,69 @@ def test_every_case_has_its_limits_and_peers_beside_it(result: dict[str, Any]) -
         peer = row["peers"]["torch-fp32"]
         assert peer["ratio"] == pytest.approx(peer["time"]["median"] / row["time"]["median"])
         assert peer["rms_error"] < 0.02
-    assert {row["op"] for row in result["results"]} == {op.name for op in OPS} - {"fused_experts"}
+    assert {row["op"] for row in result["results"]} == {"fp8_gemm_nt", "dequantize"} | {
+        op.name for op in OPS if "_cast_to_fp8" in op.name
+    }
     assert result["machine"]["identity"]["threads"] == 1
     assert "ragged" in result["stdout"] and "GFLOP/s" in result["stdout"]
+
+
+@pytest.fixture(scope="module")
+def grouped_result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("grouped")
+    linear = {"name": "expert ragged", "n": 130, "k": 200}
+    (folder / "suite.json").write_text(json.dumps(SUITE | {"linears": [linear, *SUITE["linears"]]}))
+    output = script(
+        "run.py", "--quick", "--suite", folder / "suite.json", "--op", "grouped", "--groups", 5, "--m", "3,17",
+        "--peers", "torch", "--threads", 1, "--json", folder / "out.json",
+    )  # fmt: skip
+    assert output.returncode == 0, output.stdout + output.stderr
+    return {"stdout": output.stdout, **json.loads((folder / "out.json").read_text())}
+
+
+def test_grouped_products_in_every_form_with_peers(grouped_result: dict[str, Any]) -> None:
+    rows = grouped_result["results"]
+    forms = [f"expert ragged, {form}, {sizes}" for form in ("contiguous", "masked") for sizes in ("even", "skewed")]
+    cases = [(form, m, kind) for form in forms for m in (3, 17) for kind in ("bf16", "fp8")]
+    assert [(row["linear"], row["m"], row["activations"]) for row in rows] == cases
+    for row in rows:
+        assert row["flops"] == 2 * row["m"] * 130 * 200 and row["groups"] == 5
+        masked = "masked" in row["linear"]
+        assert row["op"] == f"m_grouped_fp8_gemm_nt_{'masked' if masked else 'contiguous'}"
+        assert set(row["peers"]) <= {"torch-mm-bf16", "torch-bmm" if masked else "torch-grouped-mm"} and row["peers"]
+        assert all(peer["rms_error"] < 0.02 for peer in row["peers"].values())
+
+
+@pytest.mark.parametrize("skew", [0.0, 1.0])
+def test_group_sizes(skew: float) -> None:
+    from grouped import group_sizes
+
+    for rows, groups in ((3, 5), (17, 5), (2048, 32)):
+        sizes = group_sizes(rows, groups, skew, seed=0)
+        assert sum(sizes) == rows and len(sizes) == groups and sizes == group_sizes(rows, groups, skew, seed=0)
+        if not skew:
+            assert max(sizes) - min(sizes) <= 1
+    assert skew == 0 or max(sizes) > 3 * 2048 / 32
+
+
+def test_a_wrong_group_gets_no_time() -> None:
+    """One group that was left out is found, whichever kernel left it out."""
+    import grouped
+    import problems
+    from stock import Stock
+    from suites import Linear
+
+    stock = Stock(cold=1 << 20, largest=128 * 128)
+    weights = moekern.GroupedWeights(stock.weights(128, 128).items[:4])
+    for form in grouped.FORMS:
+        case = grouped.Case(Linear("expert", 128, 128), weights, form, "even", 40)
+        call = case.problem("bf16").example
+        out = case.problem("bf16").op(**call)
+        grouped.check(out, call)
+        rows = call["layout"].slices()[-1]
+        out.view(-1, 128)[rows] = out.view(-1, 128)[rows].flip(1)
+        with pytest.raises((AssertionError, problems.WrongResult)):
+            grouped.check(out, call)
 
 
 def test_a_wrong_result_gets_no_time() -> None:

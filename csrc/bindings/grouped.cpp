@@ -35,7 +35,7 @@ WeightTable weight_table(const std::string& op, const std::string& name, const p
   WeightTable table;
   const std::string first = name + "[0]";
   for (size_t g = 0; g < data.size(); ++g) {
-    const std::string at = text(name, "[", g, "]"), scale_at = at + ".scale";
+    const std::string at = name + "[" + std::to_string(g) + "]", scale_at = at + ".scale";
     const View v = view(op.c_str(), at.c_str(), data[g]);
     const Matrix s = matrix(op.c_str(), scale_at.c_str(), scale[g], v.device);
     if (g == 0) table = {v.matrix, {s, block_rows, block_cols}, v.device, {}};
@@ -71,6 +71,7 @@ Weights weights(const char* op, py::handle b) {
             s.scale};
   }
   const py::object held = b.attr(kTable);
+  check<TypeError>(!held.is_none(), op, ": b has no addresses; its matrices must be plain tensors");
   const auto& table = held.cast<const WeightTable&>();
   return {table.data, table.grid, table.device, static_cast<int64_t>(table.places.size()), &table, {}, {}};
 }

@@ -30,10 +30,12 @@ class GroupedWeights:
     data: tuple[torch.Tensor, ...]
     scale: tuple[torch.Tensor, ...]
     block: tuple[int, int]
-    table: Any  # addresses for native kernels; None under a compiler, which has no addresses
+    table: Any  # addresses for native kernels; None of fake and other subclasses, and under a compiler
 
     def __init__(self, groups: Sequence[ScaledTensor | tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._fill(groups, "GroupedWeights", "groups")
+        # Aliases: an owner that gives its tensor other memory (`.data = `, Module.to) leaves these alone.
+        self.data, self.scale = tuple(x.detach() for x in self.data), tuple(x.detach() for x in self.scale)
 
     def _fill(self, groups: Any, op: str, name: str) -> None:
         if not isinstance(groups, (list, tuple)):
@@ -51,12 +53,9 @@ class GroupedWeights:
     def _keep(
         self, data: list[torch.Tensor], scale: list[torch.Tensor], block: tuple[int, int], op: str, name: str
     ) -> None:
-        # Aliases: an owner that gives its tensor other memory (`.data = `, Module.to) leaves these alone.
-        self.data, self.scale = tuple(x.detach() for x in data), tuple(x.detach() for x in scale)
-        self.block = block
-        self.table = None
-        if not torch.compiler.is_compiling() and type(self.data[0]) is torch.Tensor:
-            self.table = _C.weight_table(op, name, list(self.data), list(self.scale), *block)
+        self.data, self.scale, self.block = tuple(data), tuple(scale), block
+        plain = type(data[0]) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        self.table = _C.weight_table(op, name, data, scale, *block) if plain else None
 
     def __len__(self) -> int:
         """The number of groups."""
