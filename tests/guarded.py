@@ -9,14 +9,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 import torch
 
 import moekern
-from moekern import GroupedWeights, NotSupported, ScaledTensor
-from moekern.testing import cases, grouped_cases
+from moekern import ExpertWeights, GroupedWeights, NotSupported, ScaledTensor
+from moekern.testing import cases, expert_cases, grouped_cases, routing_cases
 from moekern.testing.cases import Gemm
+from moekern.testing.expert_cases import FORMS, Experts
 from moekern.testing.grouped_cases import KGrouped, MGrouped
+from moekern.testing.routing_cases import Gate, Permute, Unpermute
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -69,9 +72,89 @@ def fence_weights(x: ScaledTensor | GroupedWeights, at_end: bool) -> ScaledTenso
     return fence(x, at_end)
 
 
+EXPERTS = [
+    *(Experts(tokens, 130, 70, 3, 2, shared=1, bias="f32", form=form) for tokens in (1, 9) for form in FORMS),
+    *(Experts(tokens, 300, 129, 3, 2, x="e4m3fn", out="f32") for tokens in (1, 40)),
+    Experts(9, 127, 33, 3, 2, x="f32", quantize=True, routing="skips", index="i32"),
+    Experts(9, 128, 64, 3, 2, reduce=False, layout_x="columns", layout_w="columns"),
+]
+
+
+def run_experts(device: moekern.Device) -> None:
+    for case in EXPERTS:
+        p = expert_cases.operands(case)
+        for at_end in (True, False):
+            experts, shared = (
+                w and ExpertWeights.from_tensors([fenced(t, at_end) for t in w.tensors], w.layout)
+                for w in (p.experts, p.options["shared"])
+            )
+            call = fence(p.x, at_end), experts, fenced(p.ids, at_end), fenced(p.weights, at_end)
+            out = fenced(torch.zeros_like(expert_cases.output(case)), at_end)
+            for kernel in moekern.fused_experts.kernels:
+                if kernel.lacks(device):
+                    continue
+                print(kernel.name, case, "at the end" if at_end else "at the beginning", flush=True)
+                options = {**p.options, "shared": shared}
+                with moekern.use(kernel={"fused_experts": kernel.name}, num_threads=2):
+                    prepared = moekern.fused_experts.prepare(*call, **options, out=out)
+                    if kernel.refuses(*prepared) is None:
+                        workspace = fenced(torch.zeros(kernel.workspace(*prepared), dtype=torch.uint8), at_end)
+                        moekern.fused_experts(*call, **options, out=out, workspace=workspace)
+
+
+ROUTING = [
+    *(Gate(5, e, min(e, 8), logits=x, bias=x) for e in (1, 7, 33, 256) for x in ("f32", "bf16", "f16")),
+    Gate(5, 66, 6, scoring="sigmoid", bias="f32", groups=3, kept=2, layout="columns", renormalize=True),
+    *(
+        Permute(5, h, 4, 2, x=x, alignment=4, index="i64", mapped=True)
+        for h in (1, 33, 300)
+        for x in ("bf16", "e4m3fn")
+    ),
+    Permute(130, 9000, 4, 4, x="f32"),  # past the caches
+    *(Unpermute(5, h, 3, 7, y=y, skips="some") for h in (1, 33, 300) for y in ("f32", "bf16", "f16")),
+]
+
+
+def fence_all(x: Any, at_end: bool) -> Any:
+    """Every operand in x."""
+    if isinstance(x, (torch.Tensor, ScaledTensor)):
+        return fence(x, at_end)
+    if isinstance(x, dict):
+        return {name: fence_all(value, at_end) for name, value in x.items()}
+    if isinstance(x, tuple):
+        parts = [fence_all(part, at_end) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+def routing_call(case: Gate | Permute | Unpermute) -> tuple[moekern.Op, tuple[Any, ...], dict[str, Any]]:
+    if isinstance(case, Gate):
+        call, options = routing_cases.gate_operands(case)
+        return moekern.moe_gate, call, {**options, "out": routing_cases.gate_output(case)}
+    if isinstance(case, Permute):
+        call, options = routing_cases.permute_operands(case)
+        return moekern.moe_permute, call, {**options, "out": routing_cases.permute_output(case, call[0])}
+    return moekern.moe_unpermute, routing_cases.unpermute_operands(case), {"out": routing_cases.unpermute_output(case)}
+
+
+def run_routing(device: moekern.Device) -> None:
+    for case in ROUTING:
+        for at_end in (True, False):
+            op, *call = routing_call(case)
+            arguments, options = (fence_all(x, at_end) for x in call)
+            for kernel in op.kernels:
+                if kernel.lacks(device):
+                    continue
+                print(op.name, kernel.name, case, "at the end" if at_end else "at the beginning", flush=True)
+                with moekern.use(kernel={op.name: kernel.name}, num_threads=2):
+                    op(*arguments, **options)
+
+
 def main() -> None:
     assert sys.stdout is not None
     device = moekern.devices()[0]
+    run_experts(device)
+    run_routing(device)
     for case in CASES:
         p = cases.gemm_operands(case)
         for at_end in (True, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import itertools
 import json
 import subprocess
@@ -64,9 +65,9 @@ def test_every_case_has_its_limits_and_peers_beside_it(result: dict[str, Any]) -
         peer = row["peers"]["torch-fp32"]
         assert peer["ratio"] == pytest.approx(peer["time"]["median"] / row["time"]["median"])
         assert peer["rms_error"] < 0.02
-    assert {row["op"] for row in result["results"]} == {"fp8_gemm_nt", "dequantize"} | {
-        op.name for op in OPS if "_cast_to_fp8" in op.name
-    }
+    import problems
+
+    assert {row["op"] for row in result["results"]} == set(problems.OPS)
     assert result["machine"]["identity"]["threads"] == 1
     assert "ragged" in result["stdout"] and "GFLOP/s" in result["stdout"]
 
@@ -188,6 +189,54 @@ def test_a_wrong_permutation_gets_no_time() -> None:
     effort = compete.Effort(budget=0.01, most=3)
     assert compete.compete(Stock(cold=1 << 20, largest=4096), "layer", [problem], None, [], effort, notes) == []
     assert len(notes) == 1 and "WRONG RESULT" in notes[0] and "not in the order" in notes[0]
+
+
+def test_a_layer_of_experts(tmp_path: Path) -> None:
+    """--op moe on a checkpoint: both routings, their experts, peers, and what the memory held."""
+    make = script("make_checkpoint.py", tmp_path / "made", "--config", "deepseek-v3", "--experts", 16, "--divisor", 16)
+    assert make.returncode == 0, make.stderr
+    output = script(
+        "run.py", "--op", "moe", "--checkpoint", tmp_path / "made", "--layer", 0, "--m", "1,5", "--quick", "--peers",
+        "torch-loop-fp32,torch-grouped-bf16", "--threads", 1, "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert output.returncode == 0, output.stdout + output.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [(row["linear"], row["m"], row["activations"]) for row in rows] == [
+        (f"made, layer 0 {kind}", m, activations)
+        for kind in ("even", "skewed")
+        for m in (1, 5)
+        for activations in ("bf16", "fp8")
+    ]
+    for row in rows:
+        expert = 3 * 448 * 128 + 4 * (2 * 4 + 4 * 1)
+        assert row["op"] == "moe" and row["flops"] == 6 * 448 * 128 * row["m"] * 9
+        assert row["bytes"] >= 9 * expert and (row["m"] > 1 or row["bytes"] == 9 * expert + 4 * 448)
+        least = max(row["flops"] / row["limits"]["multiply_add"], row["bytes"] / row["limits"]["read"])
+        assert row["fraction"] == pytest.approx(least / row["time"]["median"])
+        assert set(row["peers"]) == {"torch-loop-fp32", "torch-grouped-bf16"}
+        assert 0 < row["peers"]["torch-loop-fp32"]["rms_error"] < 0.01
+    assert "resident" in output.stdout and "workspace" in output.stdout
+
+
+def test_a_layer_with_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import compete
+    import moe
+    from stock import Stock
+
+    def forget(*call):  # type: ignore[no-untyped-def]
+        call[moekern.fused_experts.output_index].zero_()
+
+    broken = Op(moekern.fused_experts.reference, moekern.fused_experts.prepare, "out")
+    forget.__signature__ = inspect.signature(moekern.fused_experts.reference)  # type: ignore[attr-defined]
+    broken.add(Kernel("cpu.scalar", forget, "cpu"))
+    monkeypatch.setattr(moe, "fused_experts", broken)
+    layer = moe.LAYERS["qwen3-30b-a3b"].scaled_down(16, experts=4)
+    weights = moe.Weights(layer, moe.random_experts(layer), None, "")
+    notes: list[str] = []
+    stock = Stock(cold=1 << 20, largest=256 * 256)
+    effort = compete.Effort(budget=0.01, most=3)
+    assert moe.compete(stock, moe.Case(weights, "even", 3), ["bf16"], None, [], effort, notes) == ([], 0)
+    assert len(notes) == 1 and "WRONG RESULT" in notes[0] and "cpu.scalar" in notes[0]
 
 
 def test_operands_come_round_only_after_the_whole_pool() -> None:

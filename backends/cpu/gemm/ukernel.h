@@ -12,11 +12,11 @@ constexpr int kBlock = 128;  // k advances one scale block at a time, in both ke
 
 // Rows of x to cast to FP8 together, `width` columns after another: the blocks are as tall as the panel, and
 // one column wide or kBlock. Strides of rows are in bytes.
-constexpr int64_t kWidestCast = 2048;
+constexpr int64_t kWidestRow = 2048, kWidestPanel = 512;  // columns of one row, of 128
 struct CastPanel {
   const char* x;
   int64_t x_stride, rows, cols;
-  int64_t width;  // a multiple of kBlock, at most kWidestCast
+  int64_t width;  // a multiple of kBlock, at most kWidestRow, and at most kWidestPanel if by_column
   bool by_column;
   uint8_t* q;
   int64_t q_stride;

@@ -82,7 +82,7 @@ void settle(bool past_caches) {
 template <class Input>
 void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
   // What is read twice stays in L1 meanwhile, or in L2 where blocks are 128 rows tall, beside what is next.
-  const int64_t height = p.scale.block_rows, widest = height == 1 ? kWidestCast : 512;
+  const int64_t height = p.scale.block_rows, widest = height == 1 ? kWidestRow : kWidestPanel;
   const int64_t width = round_up(ceil_div(p.q.cols, ceil_div(p.q.cols, widest)), kBlock);
   const int64_t cols = height == 1 && Input::kInPlace ? p.q.cols : width, across = ceil_div(p.q.cols, cols);
   const int64_t total = ceil_div(p.q.rows, height) * across;

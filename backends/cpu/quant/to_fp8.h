@@ -67,30 +67,22 @@ float row_amax(const float* x, int64_t n) {
   return bits_float(top);
 }
 
-// amax[i] = max(amax[i], |x[i]|)
+// Over the rows of a panel: a vector for each block, whose largest is in some lane of it ...
 template <Dtype F>
-[[gnu::noinline]] void see_columns(const char* x, int64_t n, float* amax) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W) store_i32(amax + i, max_i32(load_i32(amax + i), magnitude_of(load_as<F>(x, i))));
-  for (; i < n; ++i) {
-    const uint32_t magnitude = float_bits(element_as<F>(x, i)) & 0x7fffffffu;
-    if (magnitude > float_bits(amax[i])) amax[i] = bits_float(magnitude);
-  }
+[[gnu::noinline]] void see_blocks(const char* x, int64_t n, I32* tops) {
+  for (; n > 0; n -= kBlock, x += kBlock * size_of(F), ++tops)
+    *tops = Magnitudes<F>::max(*tops, n < kBlock ? amax_lanes<F>(x, n) : amax_lanes<F>(x, kBlock));
 }
 
-// amax[i / kBlock] = max(amax[i / kBlock], |x[i]|), W blocks at a time.
+// ... or an element for each column.
 template <Dtype F>
-[[gnu::noinline]] void see_blocks(const char* x, int64_t n, float* amax) {
-  for (int64_t first = 0; first < n; first += W * kBlock, amax += W) {
-    I32 rows[W];
-#pragma GCC unroll 1
-    for (int r = 0; r < W; ++r) {
-      const int64_t i = first + r * kBlock, left = i < n ? n - i : 0;
-      const char* start = x + i * size_of(F);
-      rows[r] = left < kBlock ? amax_lanes<F>(start, left) : amax_lanes<F>(start, kBlock);
-    }
-    const I32 found = reduce_rows(rows, [](I32 a, I32 b) { return Magnitudes<F>::max(a, b); });
-    store_i32(amax, max_i32(load_i32(amax), bits(Magnitudes<F>::widen(found))));
+[[gnu::noinline]] void see_columns(const char* x, int64_t n, I32* tops) {
+  using M = Magnitudes<F>;
+  for (; n >= M::kCount; n -= M::kCount, x += sizeof(I32), ++tops) *tops = M::max(*tops, M::load(x, 0));
+  if (n > 0) {
+    alignas(64) char rest[sizeof(I32)] = {};
+    __builtin_memcpy(rest, x, static_cast<size_t>(n * size_of(F)));
+    *tops = M::max(*tops, M::load(rest, 0));
   }
 }
 
@@ -100,15 +92,27 @@ constexpr float smallest_normal(Dtype t) {
   return t == Dtype::e5m2 ? 0x1p-14f : t == Dtype::e4m3fnuz ? 0x1p-7f : 0x1p-6f;
 }
 
-// What a panel knows of its blocks. Vectors run past the last one.
+// What a panel knows of its blocks, or columns. Vectors run past the last one.
 struct Blocks {
-  static constexpr int64_t kRoom = kWidestCast + W;
+  static constexpr int64_t kRoom = kWidestPanel + 2 * W;
+  I32 tops[kRoom * sizeof(float) / sizeof(I32)];  // of see_blocks or see_columns
   alignas(64) float amax[kRoom];
   alignas(64) float scale[kRoom];
   alignas(64) float inverse[kRoom];      // 1 / scale
   alignas(64) float normal_from[kRoom];  // the least bf16 whose product with `inverse` is a normal number of the format
   bool bounded;                          // all x are finite, so that |x * inverse| <= max but for rounding
+  // For columns of bf16: `inverse`, times a factor, in the order of bf16_lower and bf16_upper; `normal_from` as bf16.
+  alignas(64) float spread[kRoom];
+  alignas(64) uint16_t normal_words[kRoom];
 };
+
+template <Dtype F>
+inline void find_amax(Blocks& b, bool by_column, int64_t count) {
+  const auto max = [](I32 x, I32 y) { return Magnitudes<F>::max(x, y); };
+  for (int64_t i = 0; i < count; i += W)
+    store(b.amax + i, by_column ? load_as<F>(reinterpret_cast<const char*>(b.tops), i)
+                                : Magnitudes<F>::widen(reduce_rows(b.tops + i, max)));
+}
 
 template <Dtype F>
 [[gnu::noinline]] void find_scales(Blocks& b, int64_t count, bool round_up) {
@@ -183,19 +187,34 @@ inline I32 quantize_lanes(const char* x, int64_t i, const F32* scales) {
   return in_order_i32(with_signs<To>(narrow_i16(low, high), signs));
 }
 
+// What brings the format's smallest normal number to where f32's last place is the format's.
+constexpr float to_integer(Dtype t) { return static_cast<float>(1 << layout_of(t).mantissa_bits) / smallest_normal(t); }
+
+template <Dtype To>
+[[gnu::noinline]] void spread_columns(Blocks& b, int64_t count) {
+  alignas(64) uint16_t words[2 * W];
+  alignas(64) uint32_t order[2 * W];  // the word of each lane, in the upper half
+  for (int j = 0; j < 2 * W; ++j) words[j] = static_cast<uint16_t>(j);
+  store_i32(order, bits(bf16_lower(load_i32(words))));
+  store_i32(order + W, bits(bf16_upper(load_i32(words))));
+  for (int64_t i = 0; i < count; i += 2 * W)
+    for (int j = 0; j < 2 * W; ++j) {
+      b.spread[i + j] = b.inverse[i + (order[j] >> 16)] * to_integer(To);
+      b.normal_words[i + j] = static_cast<uint16_t>(float_bits(b.normal_from[i + j]) >> 16);
+    }
+}
+
 constexpr int64_t kBf16Step = 8 * W;
 
-// bf16 with a scale for each block, mostly in 16 bits: dividing x by the binade of its product (over the
-// smallest normal's) leaves every product where the format's last place is 1 after scaling by kToInteger.
-// From the start of each block as many elements as fill 8 vectors.
-template <Dtype To, bool kPastCaches>
+// bf16, mostly in 16 bits: dividing x by the binade of its product (over the smallest normal's) leaves every
+// product where the format's last place is 1 after scaling by to_integer. From the start of each block, or of
+// the row, as many elements as fill 8 vectors.
+template <Dtype To, bool kByColumn, bool kPastCaches>
 [[gnu::noinline]] void quantize_bf16(const uint16_t* x, const Blocks& blocks, int64_t n, uint8_t* dst,
                                      const char* next) {
-  constexpr Fp8Layout f = layout_of(To);
-  constexpr float kToInteger = static_cast<float>(1 << f.mantissa_bits) / smallest_normal(To);
   for (int64_t first = 0, b = 0; first < n; first += kBlock, ++b) {
     const int64_t end = n - first < kBlock ? n : first + kBlock;
-    const F32 scale = set1(blocks.inverse[b] * kToInteger);
+    const F32 scale = set1(blocks.inverse[b] * to_integer(To));
     const I32 normal_from = set1_i16(static_cast<uint16_t>(float_bits(blocks.normal_from[b]) >> 16));
     for (int64_t i = first; i + kBf16Step <= end; i += kBf16Step) {
       prefetch(next + 2 * i, 2 * kBf16Step);
@@ -205,14 +224,18 @@ template <Dtype To, bool kPastCaches>
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) rest[j] = bit_and(words[j], set1_i16(0x7fff));
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) binade[j] = bit_and(subs_u16(rest[j], normal_from), set1_i16(0xff80));
+      for (int j = 0; j < 4; ++j) {
+        const I32 from = kByColumn ? load_i32(blocks.normal_words + i + 2 * W * j) : normal_from;
+        binade[j] = bit_and(subs_u16(rest[j], from), set1_i16(0xff80));
+      }
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) rest[j] = sub_i16(rest[j], binade[j]);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const I32 lower = round_i32(mul(bf16_lower(rest[j]), scale));
-        const I32 upper = round_i32(mul(bf16_upper(rest[j]), scale));
-        codes[j] = add_i16(narrow_i32(lower, upper), shr16<7 - f.mantissa_bits>(binade[j]));
+        const float* spread = blocks.spread + i + 2 * W * j;
+        const I32 lower = round_i32(mul(bf16_lower(rest[j]), kByColumn ? load(spread) : scale));
+        const I32 upper = round_i32(mul(bf16_upper(rest[j]), kByColumn ? load(spread + W) : scale));
+        codes[j] = add_i16(narrow_i32(lower, upper), shr16<7 - layout_of(To).mantissa_bits>(binade[j]));
       }
 #pragma GCC unroll 2
       for (int j = 0; j < 4; j += 2) {
@@ -227,13 +250,16 @@ template <Dtype To, bool kPastCaches>
 template <Dtype From, Dtype To, bool kPastCaches>
 [[gnu::noinline]] void quantize_row(const char* x, const Blocks& blocks, bool by_column, int64_t n, uint8_t* dst,
                                     const char* next) {
-  const bool in_words = From == Dtype::bf16 && blocks.bounded && !by_column;
+  const bool in_words = From == Dtype::bf16 && blocks.bounded;
   if constexpr (From == Dtype::bf16) {
-    if (in_words) quantize_bf16<To, kPastCaches>(reinterpret_cast<const uint16_t*>(x), blocks, n, dst, next);
+    const auto* words = reinterpret_cast<const uint16_t*>(x);
+    if (in_words)
+      (by_column ? quantize_bf16<To, true, kPastCaches> : quantize_bf16<To, false, kPastCaches>)(words, blocks, n, dst,
+                                                                                                 next);
     if (in_words && n % kBlock == 0) return;
   }
-  for (int64_t i = 0, b = 0; i < n; ++b) {
-    const int64_t end = by_column || n - i < kBlock ? n : i + kBlock;
+  for (int64_t i = 0; i < n;) {
+    const int64_t b = i / kBlock, end = n - i < kBlock ? n : i + kBlock;
     if (in_words) i += (end - i) / kBf16Step * kBf16Step;
     const F32 one = set1(blocks.inverse[b]);
     if (blocks.bounded)
@@ -259,9 +285,11 @@ void cast_rows(const CastPanel& p) {
     const int64_t count = p.by_column ? n : (n + kBlock - 1) / kBlock;
     const char* x = p.x + j * size_of(From);
     const char* next = j + n < p.cols ? x + n * size_of(From) : p.next;
-    for (int64_t b = 0; b < count; b += W) store(blocks.amax + b, zero());
+    const int64_t tops = p.by_column ? n / Magnitudes<From>::kCount + 1 : (count + W - 1) / W * W;
+    for (int64_t t = 0; t < tops; ++t) blocks.tops[t] = set1_i32(0);
     for (int64_t i = 0; i < p.rows; ++i)
-      (p.by_column ? see_columns<From> : see_blocks<From>)(x + i * p.x_stride, n, blocks.amax);
+      (p.by_column ? see_columns<From> : see_blocks<From>)(x + i * p.x_stride, n, blocks.tops);
+    find_amax<From>(blocks, p.by_column, count);
     find_scales<To>(blocks, count, p.round_scale_up);
     if (p.scale_stride == 1) {
       copy(scale, blocks.scale, count);
@@ -269,6 +297,7 @@ void cast_rows(const CastPanel& p) {
       for (int64_t b = 0; b < count; ++b) scale[b * p.scale_stride] = blocks.scale[b];
     }
     scale += count * p.scale_stride;
+    if (From == Dtype::bf16 && p.by_column) spread_columns<To>(blocks, count);
     for (int64_t i = 0; i < p.rows; ++i)
       quantize_row<From, To, kPastCaches>(x + i * p.x_stride, blocks, p.by_column, n, p.q + i * p.q_stride + j,
                                           next + i * p.x_stride);
