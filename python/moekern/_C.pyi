@@ -55,7 +55,6 @@ def prepare_gemm(
     out_dtype: torch.dtype | None,
     /,
 ) -> tuple[Any, ...]: ...
-
 def weight_table(
     op: str, name: str, data: list[torch.Tensor], scale: list[torch.Tensor], block_rows: int, block_cols: int, /
 ) -> object: ...  # a capsule
