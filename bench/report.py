@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
+from routing import ROUTING_PEERS
 
-KNOWN = (*PEERS, *MOE_PEERS, *GROUPED_PEERS)
+KNOWN = (*PEERS, *MOE_PEERS, *GROUPED_PEERS, *ROUTING_PEERS)
 SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort-") for peer in KNOWN}
 
 

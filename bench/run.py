@@ -13,6 +13,7 @@ import moe
 import overheads
 import problems
 import report
+import routing
 import suites
 import torch
 import typer
@@ -28,7 +29,8 @@ from suites import Linear
 import moekern
 from moekern.testing.moe_models import LAYERS
 
-OP_NAMES = list(problems.OPS)  # of one linear layer; --op moe and --op grouped are of whole sets of experts
+OP_NAMES = list(problems.OPS)  # of one linear layer; --op moe, grouped and routing are of whole sets of experts
+ROUTING = {"routing": routing.OP_NAMES, **{name: [name] for name in routing.OP_NAMES}}
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
 QUICK_MOE_PEERS, QUICK_GROUPED_PEERS = "torch-loop-bf16", "torch-mm-bf16"
 MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
@@ -123,7 +125,9 @@ class Bench:
 def main(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
-    op: Annotated[str, typer.Option(help=f"moe, grouped, or ops, or all ops: {', '.join(OP_NAMES)}")] = "fp8_gemm_nt",
+    op: Annotated[
+        str, typer.Option(help=f"moe, grouped, routing, or ops, or all ops: {', '.join(OP_NAMES)}")
+    ] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
     m: Annotated[str | None, typer.Option(help="numbers of rows, separated by commas, instead of the suite's")] = None,
     activations: Annotated[str, typer.Option(help="bf16 (W8A16), fp8 (W8A8) or both")] = "bf16,fp8",
@@ -132,7 +136,7 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
     groups: Annotated[int, typer.Option(min=1, help="of --op grouped: experts")] = grouped.GROUPS,
-    layers: Annotated[str, typer.Option(help=f"of --op moe: {', '.join(LAYERS)}")] = MOE_LAYERS,
+    layers: Annotated[str, typer.Option(help=f"of --op moe and routing: {', '.join(LAYERS)}")] = MOE_LAYERS,
     checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
     layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
     real: Annotated[bool, typer.Option("--real", help="instead: a real language model with FP8 layers")] = False,
@@ -147,11 +151,14 @@ def main(
         elif op == "grouped":
             wanted = peers or (QUICK_GROUPED_PEERS if quick else "torch")
             grouped_peers, absent = choose(wanted, GROUPED_PEERS)
+        elif op in ROUTING:
+            routing_peers, absent = choose(peers or "torch", routing.ROUTING_PEERS)
         else:
             chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    ops = OP_NAMES if op == "all" else [] if op in ("moe", "grouped") else _words("--op", op, OP_NAMES)
+    named = {"all": OP_NAMES, "moe": [], "grouped": [], **ROUTING}
+    ops = named[op] if op in named else _words("--op", op, OP_NAMES)
     kinds = _words("--activations", activations, ["bf16", "fp8"])
     rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
 
@@ -189,6 +196,13 @@ def main(
         of_all = _numbers("--m", m) if m else grouped.QUICK_ROWS if quick else grouped.ROWS
         effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
         found, notes = grouped.run(console, experts, groups, of_all, kinds, kernel, grouped_peers, effort)
+        result["results"] = [row.to_json() for row in found]
+        report.legend(console, found, absent)
+    elif op in ROUTING:
+        tokens = _numbers("--m", m) if m else routing.QUICK_TOKENS if quick else routing.TOKENS
+        effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
+        layer_names = _words("--layers", layers, list(LAYERS))
+        found, notes = routing.run(console, ops, layer_names, tokens, kinds, kernel, routing_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
     else:

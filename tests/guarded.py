@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 import mmap
 import sys
+from typing import Any
 
 import torch
 
 import moekern
 from moekern import ExpertWeights, GroupedWeights, NotSupported, ScaledTensor
-from moekern.testing import cases, expert_cases, grouped_cases
+from moekern.testing import cases, expert_cases, grouped_cases, routing_cases
 from moekern.testing.cases import Gemm
 from moekern.testing.expert_cases import FORMS, Experts
 from moekern.testing.grouped_cases import KGrouped, MGrouped
+from moekern.testing.routing_cases import Gate, Permute, Unpermute
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -100,10 +102,59 @@ def run_experts(device: moekern.Device) -> None:
                         moekern.fused_experts(*call, **options, out=out, workspace=workspace)
 
 
+ROUTING = [
+    *(Gate(5, e, min(e, 8), logits=x, bias=x) for e in (1, 7, 33, 256) for x in ("f32", "bf16", "f16")),
+    Gate(5, 66, 6, scoring="sigmoid", bias="f32", groups=3, kept=2, layout="columns", renormalize=True),
+    *(
+        Permute(5, h, 4, 2, x=x, alignment=4, index="i64", mapped=True)
+        for h in (1, 33, 300)
+        for x in ("bf16", "e4m3fn")
+    ),
+    Permute(130, 9000, 4, 4, x="f32"),  # past the caches
+    *(Unpermute(5, h, 3, 7, y=y, skips="some") for h in (1, 33, 300) for y in ("f32", "bf16", "f16")),
+]
+
+
+def fence_all(x: Any, at_end: bool) -> Any:
+    """Every operand in x."""
+    if isinstance(x, (torch.Tensor, ScaledTensor)):
+        return fence(x, at_end)
+    if isinstance(x, dict):
+        return {name: fence_all(value, at_end) for name, value in x.items()}
+    if isinstance(x, tuple):
+        parts = [fence_all(part, at_end) for part in x]
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+    return x
+
+
+def routing_call(case: Gate | Permute | Unpermute) -> tuple[moekern.Op, tuple[Any, ...], dict[str, Any]]:
+    if isinstance(case, Gate):
+        call, options = routing_cases.gate_operands(case)
+        return moekern.moe_gate, call, {**options, "out": routing_cases.gate_output(case)}
+    if isinstance(case, Permute):
+        call, options = routing_cases.permute_operands(case)
+        return moekern.moe_permute, call, {**options, "out": routing_cases.permute_output(case, call[0])}
+    return moekern.moe_unpermute, routing_cases.unpermute_operands(case), {"out": routing_cases.unpermute_output(case)}
+
+
+def run_routing(device: moekern.Device) -> None:
+    for case in ROUTING:
+        for at_end in (True, False):
+            op, *call = routing_call(case)
+            arguments, options = (fence_all(x, at_end) for x in call)
+            for kernel in op.kernels:
+                if kernel.lacks(device):
+                    continue
+                print(op.name, kernel.name, case, "at the end" if at_end else "at the beginning", flush=True)
+                with moekern.use(kernel={op.name: kernel.name}, num_threads=2):
+                    op(*arguments, **options)
+
+
 def main() -> None:
     assert sys.stdout is not None
     device = moekern.devices()[0]
     run_experts(device)
+    run_routing(device)
     for case in CASES:
         p = cases.gemm_operands(case)
         for at_end in (True, False):

@@ -149,6 +149,48 @@ def test_a_wrong_result_gets_no_time() -> None:
     assert len(notes) == 1 and "WRONG RESULT" in notes[0] and "cpu.scalar" in notes[0]
 
 
+def test_routing(tmp_path: Path) -> None:
+    output = script(
+        "run.py", "--quick", "--op", "routing", "--layers", "deepseek-v3,mixtral-8x7b", "--m", "1,5", "--threads", 1,
+        "--json", tmp_path / "out.json",
+    )  # fmt: skip
+    assert output.returncode == 0, output.stdout + output.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["results"]
+    kinds = {"moe_gate": ["f32"], "moe_permute": ["bf16", "fp8"], "moe_unpermute": ["bf16"]}
+    assert sorted((row["op"], row["activations"], row["m"], row["linear"]) for row in rows) == [
+        (op, kind, m, model)
+        for op in kinds
+        for kind in kinds[op]
+        for m in (1, 5)
+        for model in ("DeepSeek-V3", "Mixtral-8x7B")
+    ]
+    for row in rows:
+        assert set(row["limits"]) == {"read", "copy", "multiply_add"}
+        assert row["fraction"] == pytest.approx(row["bytes"] / row["limits"]["copy"] / row["time"]["median"])
+        (peer,) = row["peers"].values()
+        assert peer["rms_error"] < 0.1
+    moved = next(row for row in rows if (row["op"], row["activations"], row["m"]) == ("moe_permute", "bf16", 5))
+    assert moved["bytes"] == 5 * 7168 * 2 * (1 + 8) + 2 * 5 * 8 * 4
+
+
+def test_a_wrong_permutation_gets_no_time() -> None:
+    import compete
+    import routing
+    from stock import Stock
+
+    def forget(x, ids, num_experts, alignment, expert_map, out):  # type: ignore[no-untyped-def]
+        out.inverse.copy_(torch.arange(out.inverse.numel()).view_as(out.inverse))
+
+    broken = Op(moekern.moe_permute.reference, moekern.moe_permute.prepare, "out")
+    broken.add(Kernel("cpu.scalar", forget, "cpu"))
+    problem = routing.Case(routing.LAYERS["mixtral-8x7b"], 9).permute("bf16")
+    problem.op = broken
+    notes: list[str] = []
+    effort = compete.Effort(budget=0.01, most=3)
+    assert compete.compete(Stock(cold=1 << 20, largest=4096), "layer", [problem], None, [], effort, notes) == []
+    assert len(notes) == 1 and "WRONG RESULT" in notes[0] and "not in the order" in notes[0]
+
+
 def test_a_layer_of_experts(tmp_path: Path) -> None:
     """--op moe on a checkpoint: both routings, their experts, peers, and what the memory held."""
     make = script("make_checkpoint.py", tmp_path / "made", "--config", "deepseek-v3", "--experts", 16, "--divisor", 16)

@@ -24,6 +24,10 @@ static inline __m512i cvtepu16_epi32(__m256i x) {
   return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 
+static inline __m512i cvtepu8_epi16(__m256i x) {
+  return join(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1)));
+}
+
 static inline __m512i cvtepu8_epi32(__m128i x) {
   return join(_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
 }

@@ -1,0 +1,249 @@
+"""The routing of Mixture-of-Experts layers: `python bench/run.py --op routing`. What moves, against the copy rate."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import compete
+import machine
+import report
+import torch
+from compete import Effort, Row
+from problems import Problem, WrongResult, nbytes
+from rich.console import Console
+from stock import PAGE, Stock
+
+import moekern
+from moekern import ScaledTensor, moe_gate, moe_permute, moe_unpermute
+from moekern.testing.moe_models import LAYERS, MoeLayer, routing
+from moekern.testing.routing_numerics import check_gate, check_unpermute, sum_in_order
+
+OPS = (moe_gate, moe_permute, moe_unpermute)
+OP_NAMES = [op.name for op in OPS]
+TOKENS, QUICK_TOKENS = (1, 64, 4096), (4096,)
+FRESH = 8  # routings of a case, which its calls take in turn: no branch is predicted by heart
+CHECKED = 64  # tokens whose rows are checked
+
+
+class RoutingPeer(ABC):
+    """The same op by torch operators: on what Case holds, to an output that is there already."""
+
+    name: str
+    says: str
+    op: str
+
+    @staticmethod
+    def missing() -> str | None:
+        return None
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    @abstractmethod
+    def call(self, turn: int) -> Any: ...
+
+
+class TorchGate(RoutingPeer):
+    name, op = "torch-gate", "moe_gate"
+    says = "eager operators: scores, groups by topk and scatter_, topk, gather"
+
+    def call(self, turn: int) -> Any:
+        layer, logits = self.case.layer, self.case.logits[turn % FRESH]
+        scores = logits.sigmoid() if layer.scoring == "sigmoid" else logits.softmax(1)
+        selection = scores if self.case.bias is None else scores + self.case.bias
+        if layer.kept_groups < layer.groups:
+            grouped = selection.view(len(logits), layer.groups, -1)
+            best = grouped.amax(2) if self.case.bias is None else grouped.topk(2, dim=2).values.sum(2)
+            kept = best.topk(layer.kept_groups, dim=1, sorted=False).indices
+            left_out = torch.ones(len(logits), layer.groups, dtype=torch.bool).scatter_(1, kept, False)
+            selection = grouped.masked_fill(left_out.unsqueeze(2), -torch.inf).flatten(1)
+        ids = selection.topk(layer.top_k, dim=1, sorted=False).indices
+        weights = scores.gather(1, ids)
+        if layer.renormalise:
+            weights = weights / weights.sum(1, keepdim=True)
+        return weights * layer.scaling, ids
+
+
+class TorchIndexSelect(RoutingPeer):
+    name, op, says = "torch-index_select", "moe_permute", "argsort of the ids and index_select(out=)"
+
+    def call(self, turn: int) -> Any:
+        order = self.case.ids[turn % FRESH].flatten().argsort(stable=True)
+        return torch.index_select(self.case.x, 0, order // self.case.layer.top_k, out=self.case.moved)
+
+
+class TorchIndexAdd(RoutingPeer):
+    name, op, says = "torch-index_add", "moe_unpermute", "a multiplication of all rows and index_add_"
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.order = [inverse.flatten().argsort() for inverse in case.inverse]
+        self.tokens = [order // case.layer.top_k for order in self.order]
+
+    def call(self, turn: int) -> Any:
+        weights = self.case.weights[turn % FRESH].flatten()[self.order[turn % FRESH]]
+        terms = self.case.y * weights.to(self.case.y.dtype).unsqueeze(1)
+        return self.case.out.zero_().index_add_(0, self.tokens[turn % FRESH], terms)
+
+
+ROUTING_PEERS: tuple[type[RoutingPeer], ...] = (TorchGate, TorchIndexSelect, TorchIndexAdd)
+
+
+class Case:
+    """One layer with one number of tokens. Operands stay where they are, as the layers before and after keep them."""
+
+    def __init__(self, layer: MoeLayer, tokens: int) -> None:
+        self.layer, self.tokens = layer, tokens
+        self.logits = [torch.randn(tokens, layer.experts) for _ in range(FRESH)]
+        self.bias = torch.randn(layer.experts) * 0.05 if layer.correction_bias else None
+        drawn = [routing(tokens, layer.experts, layer.top_k, 0.0, layer.scaling, seed) for seed in range(FRESH)]
+        self.ids = [ids.int() for ids, _ in drawn]
+        self.weights = [weights for _, weights in drawn]
+        self.x = torch.randn(tokens, layer.hidden).bfloat16()
+        self.moved = torch.zeros(tokens * layer.top_k, layer.hidden, dtype=torch.bfloat16)
+        self.y = torch.randn(layer.hidden).bfloat16().expand_as(self.moved).clone()
+        self.y[:, 0] = torch.arange(len(self.y)) % 251  # rows that differ
+        self.inverse = [moe_permute(self.x[:, :0], ids, layer.experts).inverse for ids in self.ids]
+        self.out = torch.zeros_like(self.x)
+
+    def problems(self, op: str, kinds: list[str]) -> list[Problem]:
+        if op == "moe_gate":
+            return [self.gate()]
+        return [self.unpermute()] if op == "moe_unpermute" else [self.permute(kind) for kind in kinds]
+
+    def gate(self) -> Problem:
+        layer = self.layer
+        out = moe_gate(self.logits[0], layer.top_k)
+        fixed = {
+            "topk": layer.top_k,
+            "scoring": layer.scoring,
+            "correction_bias": self.bias,
+            "num_expert_group": layer.groups,
+            "topk_group": layer.kept_groups,
+            "renormalize": layer.renormalise,
+            "routed_scaling_factor": layer.scaling,
+            "out": out,
+        }
+        moved = nbytes(self.logits[0], *out)
+        return self._problem(
+            moe_gate, "f32", layer.experts, moved, ("logits", self.logits), fixed, _check_gate, _gate_error
+        )
+
+    def permute(self, kind: str) -> Problem:
+        x: Any = self.x if kind == "bf16" else moekern.per_token_cast_to_fp8(self.x)
+        out = moe_permute(x, self.ids[0], self.layer.experts)
+        fixed = {"x": x, "num_experts": self.layer.experts, "out": out}
+        moved = nbytes(x, out.x, self.ids[0], out.inverse)
+        turns = ("ids", self.ids)
+        return self._problem(
+            moe_permute, kind, self.layer.hidden, moved, turns, fixed, _check_permute, self._permute_error
+        )
+
+    def unpermute(self) -> Problem:
+        fixed = {"y": self.y, "weights": self.weights[0], "out": self.out}
+        moved = nbytes(self.y, self.out, self.inverse[0], self.weights[0])
+        turns = ("inverse", self.inverse)
+        return self._problem(
+            moe_unpermute, "bf16", self.layer.hidden, moved, turns, fixed, _check_unpermute, self._unpermute_error
+        )
+
+    def _problem(
+        self,
+        op: moekern.Op,
+        kind: str,
+        columns: int,
+        moved: int,
+        turns: tuple[str, list[Any]],
+        fixed: dict[str, Any],
+        check: Callable[[Any, dict[str, Any]], None],
+        error: Callable[[Any, dict[str, Any]], float],
+    ) -> Problem:
+        name, values = turns
+        turn = itertools.cycle(values)
+        shape = {"m": self.tokens, "n": columns, "k": self.layer.top_k}
+        example = {name: values[0], **fixed}
+        return Problem(op, shape, kind, 0, moved, "copy", example, lambda: {name: next(turn), **fixed}, check, error)
+
+    def _permute_error(self, got: torch.Tensor, call: dict[str, Any]) -> float:
+        some = _sample(self.tokens)
+        return _relative(got[self.inverse[0][some, -1].long()], self.x[some])
+
+    def _unpermute_error(self, got: torch.Tensor, call: dict[str, Any]) -> float:
+        some = _sample(self.tokens)
+        return _relative(got[some], sum_in_order(self.y, self.inverse[0][some], self.weights[0][some]))
+
+
+def _relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((got.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+def _sample(tokens: int) -> torch.Tensor:
+    return torch.linspace(0, tokens - 1, min(tokens, CHECKED)).round().long()
+
+
+def _gate_error(got: Any, call: dict[str, Any]) -> float:
+    """The share of tokens with other experts, which rounding may give a few."""
+    ours = moe_gate(**{**call, "out": None}).ids.long()
+    return (got[1].sort(1).values != ours.sort(1).values).any(1).double().mean().item()
+
+
+def _check_gate(out: Any, call: dict[str, Any]) -> None:
+    options = {name: value for name, value in call.items() if name not in ("logits", "topk", "out")}
+    check_gate(out, call["logits"], call["topk"], **options)
+
+
+def _check_permute(out: Any, call: dict[str, Any]) -> None:
+    order = call["ids"].flatten().argsort(stable=True)
+    if not torch.equal(out.inverse.flatten()[order], torch.arange(len(order), dtype=torch.int32)):
+        raise WrongResult("rows are not in the order of their experts and tokens")
+    some = _sample(len(call["ids"]))
+    for moved, source in zip(
+        *(tuple(x) if isinstance(x, ScaledTensor) else (x,) for x in (out.x, call["x"])), strict=True
+    ):
+        rows = moved.view(torch.uint8)[out.inverse[some].long()]
+        if not torch.equal(rows, source.view(torch.uint8)[some].unsqueeze(1).expand_as(rows)):
+            raise WrongResult("a row is not its token's")
+
+
+def _check_unpermute(out: torch.Tensor, call: dict[str, Any]) -> None:
+    some = _sample(len(out))
+    check_unpermute(out[some], call["y"], call["inverse"][some], call["weights"][some])
+
+
+def run(
+    console: Console,
+    ops: list[str],
+    layers: list[str],
+    tokens: tuple[int, ...],
+    kinds: list[str],
+    pattern: str | None,
+    peers: list[type[RoutingPeer]],
+    effort: Effort,
+) -> tuple[list[Row], list[str]]:
+    """A table for each op of each layer."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    stock = Stock(machine.cold_bytes(), PAGE)
+    for layer in (LAYERS[name] for name in layers):
+        found: dict[str, list[Row]] = {op: [] for op in ops}
+        for count in tokens:
+            case = Case(layer, count)
+            for op in ops:
+                made = [peer(case) for peer in peers if peer.op == op]
+                problems = case.problems(op, kinds)
+                found[op] += compete.compete(stock, layer.model, problems, pattern, made, effort, notes)
+        for op, table in found.items():
+            if not table:
+                continue
+            groups = f", {layer.kept_groups} of {layer.groups} groups" if layer.groups > 1 else ""
+            what = f"{layer.scoring}{groups}" if op == "moe_gate" else f"H {layer.hidden}"
+            console.print()
+            console.print(
+                f"[bold]{op} · {layer.model} · top {layer.top_k} of {layer.experts} · {what}", highlight=False
+            )
+            report.show(console, report.rows_table(table))
+            rows += table
+    return rows, notes
