@@ -32,10 +32,6 @@ static inline __m512i cvtepu8_epi32(__m128i x) {
   return join(_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
 }
 
-static inline __m512i cvtepu8_epi16(__m256i x) {
-  return join(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1)));
-}
-
 static inline __m256i cvtepi32_epi16(__m512i x) {
   const __m256i low16 = _mm256_set1_epi32(0xffff);
   const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(half(x, 0), low16), _mm256_and_si256(half(x, 1), low16));
