@@ -7,9 +7,13 @@ from typing import Any
 import executors
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shapes import near
 
 import moekern
 from moekern import GroupedLayout, GroupedWeights, ScaledTensor
+from moekern.scaled import DTYPES
 from moekern.testing import cases, grouped_cases
 from moekern.testing.grouped_cases import KGrouped, MGrouped
 from moekern.testing.numerics import check_bound, check_exact, check_rms
@@ -231,3 +235,71 @@ def joined(parts: list[Any], join: Any) -> Any:
         data = join([x.data.view(torch.uint8) for x in parts]).view(parts[0].data.dtype)
         return ScaledTensor(data, join([x.scale for x in parts]), parts[0].block)
     return join(parts)
+
+
+# ---- shapes that nobody thought of -------------------------------------------------------------------
+
+LAYOUTS = st.sampled_from(["rows", "padded", "columns", "every_other"])
+COUNTS = st.lists(near(1, 8, 16, 64, most=140), max_size=5).map(tuple)
+FORMATS = st.sampled_from(sorted(DTYPES))
+VALUES = st.just("integers")
+
+
+def m_grouped_case(counts: tuple[int, ...], masked: bool, spare: int, **others: Any) -> MGrouped:
+    capacity = max(counts, default=0) + spare if masked else None
+    return MGrouped(counts, capacity=capacity, spare=0 if masked else spare, **others)
+
+
+m_grouped_cases = st.builds(
+    m_grouped_case,
+    counts=COUNTS,
+    masked=st.booleans(),
+    spare=st.integers(0, 3),
+    n=near(1, 16, 32, 64, 128, most=200),
+    k=near(1, 32, 64, 128, most=390),
+    a=st.sampled_from(["bf16", "f16", "f32", *DTYPES]),
+    b=FORMATS,
+    alignment=st.sampled_from([1, 16, 128]),
+    out=st.sampled_from([None, "f32", "bf16", "f16"]),
+    separate=st.booleans(),
+    block_b=st.sampled_from([(128, 128), (1, 128), (1, 0), (0, 0), (64, 128)]),
+    scale=st.sampled_from(["f32", "ue8m0"]),
+    layout_a=LAYOUTS,
+    layout_b=LAYOUTS,
+    layout_out=LAYOUTS,
+    values=VALUES,
+)
+k_grouped_cases = st.builds(
+    KGrouped,
+    counts=COUNTS,
+    m=near(1, 16, 32, 128, most=140),
+    n=near(1, 16, 32, 128, most=140),
+    a=st.sampled_from(["bf16", "f32", *DTYPES]),
+    b=FORMATS,
+    out=st.sampled_from([None, "bf16"]),
+    c=st.sampled_from([None, "out", "f32"]),
+    spare=st.integers(0, 3),
+    scale=st.sampled_from(["f32", "ue8m0"]),
+    layout_a=LAYOUTS,
+    layout_b=LAYOUTS,
+    layout_out=LAYOUTS,
+    values=VALUES,
+)
+
+
+@executors.of(*OPS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_groups(executor: executors.Executor, data: st.DataObject) -> None:
+    if executor.absent:
+        pytest.skip(f"{executor.name} {executor.absent}")
+    if executor.op in M_OPS:
+        case: Any = data.draw(m_grouped_cases.filter(lambda drawn: drawn.op is executor.op))
+    else:
+        case = data.draw(k_grouped_cases)
+    run: Any = run_m_grouped if isinstance(case, MGrouped) else run_k_grouped
+    try:
+        result, oracle = run(executor, case)
+    except pytest.skip.Exception:  # this example only: another may be taken
+        return
+    check_exact(result, oracle)
