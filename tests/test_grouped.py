@@ -7,9 +7,13 @@ from typing import Any
 import executors
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_shapes import near
 
 import moekern
 from moekern import GroupedLayout, GroupedWeights, ScaledTensor
+from moekern.scaled import DTYPES
 from moekern.testing import cases, grouped_cases
 from moekern.testing.grouped_cases import KGrouped, MGrouped
 from moekern.testing.numerics import check_bound, check_exact, check_rms
@@ -231,3 +235,70 @@ def joined(parts: list[Any], join: Any) -> Any:
         data = join([x.data.view(torch.uint8) for x in parts]).view(parts[0].data.dtype)
         return ScaledTensor(data, join([x.scale for x in parts]), parts[0].block)
     return join(parts)
+
+
+# ---- shapes that nobody thought of -------------------------------------------------------------------
+
+LAYOUTS = st.sampled_from(["rows", "padded", "columns", "every_other"])
+COUNTS = st.lists(near(1, 8, 16, 64, most=140), max_size=5).map(tuple)
+FORMATS = st.sampled_from(sorted(DTYPES))
+
+
+def m_grouped_cases(masked: bool) -> st.SearchStrategy[MGrouped]:
+    def case(counts: tuple[int, ...], separate: bool, spare: int, **others: Any) -> MGrouped:
+        capacity = max(counts, default=0) + spare if masked else None
+        separate = separate and bool(counts)  # a list of no weights has no shape
+        return MGrouped(counts, capacity=capacity, separate=separate, spare=0 if masked else spare, **others)
+
+    return st.builds(
+        case,
+        counts=COUNTS,
+        separate=st.booleans(),
+        spare=st.integers(0, 3),
+        n=near(1, 16, 32, 64, 128, most=200),
+        k=near(1, 32, 64, 128, most=390),
+        a=st.sampled_from(["bf16", "f16", "f32", *DTYPES]),
+        b=FORMATS,
+        alignment=st.sampled_from([1, 16, 128]),
+        out=st.sampled_from([None, "f32", "bf16", "f16"]),
+        block_b=st.sampled_from([(128, 128), (1, 128), (1, 0), (0, 0), (64, 128)]),
+        scale=st.sampled_from(["f32", "ue8m0"]),
+        layout_a=LAYOUTS,
+        layout_b=LAYOUTS,
+        layout_out=LAYOUTS,
+        values=st.just("integers"),
+    )
+
+
+k_grouped_cases = st.builds(
+    KGrouped,
+    counts=COUNTS,
+    m=near(1, 16, 32, 128, most=140),
+    n=near(1, 16, 32, 128, most=140),
+    a=st.sampled_from(["bf16", "f32", *DTYPES]),
+    b=FORMATS,
+    out=st.sampled_from([None, "bf16"]),
+    c=st.sampled_from([None, "out", "f32"]),
+    spare=st.integers(0, 3),
+    scale=st.sampled_from(["f32", "ue8m0"]),
+    layout_a=LAYOUTS,
+    layout_b=LAYOUTS,
+    layout_out=LAYOUTS,
+    values=st.just("integers"),
+)
+
+
+@executors.of(*OPS)
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_groups(executor: executors.Executor, data: st.DataObject) -> None:
+    if executor.absent:
+        pytest.skip(f"{executor.name} {executor.absent}")
+    try:
+        if executor.op in M_OPS:
+            result, oracle = run_m_grouped(executor, data.draw(m_grouped_cases(executor.op is M_OPS[1])))
+        else:
+            result, oracle = run_k_grouped(executor, data.draw(k_grouped_cases))
+    except pytest.skip.Exception:  # this example only: another may be taken
+        return
+    check_exact(result, oracle)
