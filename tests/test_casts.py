@@ -10,7 +10,7 @@ import torch
 
 import moekern
 from moekern.ops.quantize import round_to_fp8
-from moekern.scaled import BLOCK, DTYPES, MAX
+from moekern.scaled import BLOCK, DTYPES, MAX, ScaledTensor
 from moekern.testing.cases import FLOATS
 
 LAYOUT = {"e4m3fn": (3, 7), "e4m3fnuz": (3, 8), "e5m2": (2, 15)}  # mantissa bits, bias
@@ -99,6 +99,78 @@ def test_every_value_with_its_own_scale(executor: executors.Executor, format: st
     assert np.array_equal(scale.numpy(), expected)
     with np.errstate(over="ignore"):
         assert np.array_equal(q.view(torch.uint8).numpy(), integer_round(values * (np.float32(1) / expected), format))
+
+
+@executors.of(moekern.per_token_cast_to_fp8, moekern.per_channel_cast_to_fp8)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("format", DTYPES)
+def test_every_value_beside_a_larger_one(executor: executors.Executor, format: str, dtype: str) -> None:
+    """Blocks with scales of all kinds: powers of two, long fractions, the least and the largest."""
+    blocks = []
+    for largest in (1.75, 1.0, 1.9921875, 0.3, 3e-5, 60000.0, 3e38):
+        amax = torch.tensor(largest).to(FLOATS[dtype])
+        x = every_value(dtype)
+        x = x[x.abs() <= amax]
+        if amax.isfinite():
+            x = torch.nn.functional.pad(x, (0, -len(x) % (BLOCK - 1))).reshape(-1, BLOCK - 1)
+            blocks.append(torch.cat([x, amax.expand(len(x), 1)], dim=1))
+    x = torch.cat(blocks)
+    amax = np.maximum(x.float().abs().amax(dim=1, keepdim=True).numpy(), np.float32(1e-4))
+    y = x.float().numpy() * (np.float32(1) / (amax / np.float32(MAX[format])))
+    if executor.op is moekern.per_channel_cast_to_fp8:
+        q, scale = executor(x.t().contiguous(), format)
+        q, scale = q.t(), scale.t()
+    else:
+        q, scale = executor(x, format)
+    assert np.array_equal(scale.numpy(), amax / np.float32(MAX[format]))
+    assert np.array_equal(q.view(torch.uint8).numpy(), integer_round(y, format))
+
+
+LARGE = 4 << 20  # bytes of an output from which on it is written past the caches
+
+
+@executors.of(
+    moekern.per_token_cast_to_fp8,
+    moekern.per_block_cast_to_fp8,
+    moekern.per_channel_cast_to_fp8,
+    moekern.silu_mul_cast_to_fp8,
+)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("cols", [1024, 1000])
+def test_a_large_cast_is_its_parts(executor: executors.Executor, cols: int, offset: int) -> None:
+    """Rows that begin cache lines or do not, and fill them or do not: the bits of small casts."""
+    stride = 1024
+    rows = LARGE // cols + 256
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, cols * (2 if executor.op is moekern.silu_mul_cast_to_fp8 else 1), generator=g).bfloat16()
+    parts = [executor(part) for part in x.split(rows // 2 // BLOCK * BLOCK)]
+    codes = torch.full((rows * stride + 64,), 0x55, dtype=torch.uint8)[offset:][: rows * stride].view(rows, stride)
+    scale = torch.cat([part.scale for part in parts])
+    out = ScaledTensor(codes[:, :cols].view(parts[0].data.dtype), torch.zeros_like(scale), parts[0].block)
+    executor(x, out=out)
+    assert torch.equal(out.scale, scale)
+    assert torch.equal(codes[:, :cols], torch.cat([part.data.view(torch.uint8) for part in parts]))
+    assert (codes[:, cols:] == 0x55).all(), "wrote outside of out"
+
+
+@executors.of(moekern.dequantize)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_large_dequantize_is_its_parts(executor: executors.Executor, dtype: str, offset: int) -> None:
+    cols, itemsize = 520, FLOATS[dtype].itemsize
+    rows = LARGE // cols // itemsize + 256
+    codes = torch.randint(0, 127, (rows, cols), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = codes.view(torch.float8_e4m3fn)
+    scale = torch.rand(rows, 5, generator=torch.Generator().manual_seed(1))
+    half = rows // 2
+    parts = []
+    for part in (slice(0, half), slice(half, rows)):
+        out = torch.zeros(part.stop - part.start, cols, dtype=FLOATS[dtype])
+        executor(ScaledTensor(x[part], scale[part], (1, BLOCK)), out)
+        parts.append(out)
+    whole = torch.zeros(rows * cols + 64, dtype=FLOATS[dtype])[offset:][: rows * cols].view(rows, cols)
+    executor(ScaledTensor(x, scale, (1, BLOCK)), whole)
+    assert torch.equal(whole, torch.cat(parts))
 
 
 @executors.of(moekern.dequantize)
