@@ -32,6 +32,10 @@ static inline __m512i cvtepu8_epi32(__m128i x) {
   return join(_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
 }
 
+static inline __m512i cvtepu8_epi16(__m256i x) {
+  return join(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1)));
+}
+
 static inline __m256i cvtepi32_epi16(__m512i x) {
   const __m256i low16 = _mm256_set1_epi32(0xffff);
   const __m256i packed = _mm256_packus_epi32(_mm256_and_si256(half(x, 0), low16), _mm256_and_si256(half(x, 1), low16));
@@ -97,6 +101,7 @@ static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
 
 #undef _mm512_cvtepu8_epi16
 #undef _mm512_cvtepu8_epi32
+#undef _mm512_cvtepu8_epi16
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_epi16
 #undef _mm512_srai_epi32
@@ -108,6 +113,7 @@ static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
 #undef _mm512_dpbf16_ps
 #define _mm512_cvtepu8_epi16 moekern::emulated::cvtepu8_epi16
 #define _mm512_cvtepu8_epi32 moekern::emulated::cvtepu8_epi32
+#define _mm512_cvtepu8_epi16 moekern::emulated::cvtepu8_epi16
 #define _mm512_cvtepu16_epi32 moekern::emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 moekern::emulated::cvtepi32_epi16
 #define _mm512_srai_epi32 moekern::emulated::srai_epi32

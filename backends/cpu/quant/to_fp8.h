@@ -98,10 +98,11 @@ struct Blocks {
   I32 tops[kRoom * sizeof(float) / sizeof(I32)];  // of see_blocks or see_columns
   alignas(64) float amax[kRoom];
   alignas(64) float scale[kRoom];
-  alignas(64) float inverse[kRoom];      // 1 / scale
-  alignas(64) float normal_from[kRoom];  // the least bf16 whose product with `inverse` is a normal number of the format
-  bool bounded;                          // all x are finite, so that |x * inverse| <= max but for rounding
-  // For columns of bf16: `inverse`, times a factor, in the order of bf16_lower and bf16_upper; `normal_from` as bf16.
+  alignas(64) float inverse[kRoom];  // 1 / scale
+  alignas(64) float normal[kRoom];   // scale * the format's smallest normal number
+  bool bounded;                      // all x are finite, so that |x * inverse| <= max but for rounding
+  // For columns of bf16: `inverse` times to_integer, in the order of bf16_lower and bf16_upper; `normal`'s upper
+  // halves.
   alignas(64) float spread[kRoom];
   alignas(64) uint16_t normal_words[kRoom];
 };
@@ -116,7 +117,6 @@ inline void find_amax(Blocks& b, bool by_column, int64_t count) {
 
 template <Dtype F>
 [[gnu::noinline]] void find_scales(Blocks& b, int64_t count, bool round_up) {
-  const F32 smallest = set1(smallest_normal(F));
   I32 infinite = set1_i32(0);  // in its sign bits
   for (int64_t i = 0; i < count; i += W) {
     const F32 amax = load(b.amax + i);
@@ -126,13 +126,9 @@ template <Dtype F>
       const I32 power = bit_and(add_i32(bits(scale), set1_i32(0x7fffffu)), set1_i32(kF32Inf));
       scale = as_f32(if_nan(scale, bits(scale), power));
     }
-    const F32 inverse = div(set1(1.f), scale);
-    // The bf16 that is not above scale * smallest, or the next one.
-    const I32 below = bit_and(bits(mul(scale, smallest)), set1_i32(0xffff0000u));
-    const I32 missing = add_i32(bits(mul(as_f32(below), inverse)), set1_i32(0u - float_bits(smallest_normal(F))));
     store(b.scale + i, scale);
-    store(b.inverse + i, inverse);
-    store_i32(b.normal_from + i, add_i32(below, bit_and(sra32<31>(missing), set1_i32(0x10000))));
+    store(b.inverse + i, div(set1(1.f), scale));
+    store(b.normal + i, mul(scale, set1(smallest_normal(F))));
   }
   alignas(64) uint32_t lanes[W];
   store_i32(lanes, infinite);
@@ -190,6 +186,8 @@ inline I32 quantize_lanes(const char* x, int64_t i, const F32* scales) {
 // What brings the format's smallest normal number to where f32's last place is the format's.
 constexpr float to_integer(Dtype t) { return static_cast<float>(1 << layout_of(t).mantissa_bits) / smallest_normal(t); }
 
+inline uint16_t upper_half(float x) { return static_cast<uint16_t>(float_bits(x) >> 16); }
+
 template <Dtype To>
 [[gnu::noinline]] void spread_columns(Blocks& b, int64_t count) {
   alignas(64) uint16_t words[2 * W];
@@ -200,22 +198,23 @@ template <Dtype To>
   for (int64_t i = 0; i < count; i += 2 * W)
     for (int j = 0; j < 2 * W; ++j) {
       b.spread[i + j] = b.inverse[i + (order[j] >> 16)] * to_integer(To);
-      b.normal_words[i + j] = static_cast<uint16_t>(float_bits(b.normal_from[i + j]) >> 16);
+      b.normal_words[i + j] = upper_half(b.normal[i + j]);
     }
 }
 
 constexpr int64_t kBf16Step = 8 * W;
 
 // bf16, mostly in 16 bits: dividing x by the binade of its product (over the smallest normal's) leaves every
-// product where the format's last place is 1 after scaling by to_integer. From the start of each block, or of
-// the row, as many elements as fill 8 vectors.
+// product where the format's last place is 1 after scaling by to_integer. The binades are told apart by x and may
+// be off by a bf16 where they meet: both give the same code there. From the start of each block as many elements
+// as fill 8 vectors.
 template <Dtype To, bool kByColumn, bool kPastCaches>
 [[gnu::noinline]] void quantize_bf16(const uint16_t* x, const Blocks& blocks, int64_t n, uint8_t* dst,
                                      const char* next) {
   for (int64_t first = 0, b = 0; first < n; first += kBlock, ++b) {
     const int64_t end = n - first < kBlock ? n : first + kBlock;
     const F32 scale = set1(blocks.inverse[b] * to_integer(To));
-    const I32 normal_from = set1_i16(static_cast<uint16_t>(float_bits(blocks.normal_from[b]) >> 16));
+    const I32 normal = set1_i16(upper_half(blocks.normal[b]));
     for (int64_t i = first; i + kBf16Step <= end; i += kBf16Step) {
       prefetch(next + 2 * i, 2 * kBf16Step);
       I32 words[4], rest[4], binade[4], codes[4];
@@ -225,7 +224,7 @@ template <Dtype To, bool kByColumn, bool kPastCaches>
       for (int j = 0; j < 4; ++j) rest[j] = bit_and(words[j], set1_i16(0x7fff));
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
-        const I32 from = kByColumn ? load_i32(blocks.normal_words + i + 2 * W * j) : normal_from;
+        const I32 from = kByColumn ? load_i32(blocks.normal_words + i + 2 * W * j) : normal;
         binade[j] = bit_and(subs_u16(rest[j], from), set1_i16(0xff80));
       }
 #pragma GCC unroll 4

@@ -412,6 +412,8 @@ def _cast() -> Iterator[Cast]:
     for op in CAST_OPS:
         for rows, cols in ((1, 1), (1, 128), (5, 129), (130, 127), (3, 300), (200, 33), (129, 576), (0, 7), (7, 0)):
             yield Cast(op, rows, cols)
+        yield Cast(op, 3, 4500, values="outliers")  # wider than what is cast at a time
+        yield Cast(op, 130, 1300, values="outliers")
         for x in FLOATS:
             for format in MAX:
                 yield Cast(op, 9, 267, x=x, format=format)
