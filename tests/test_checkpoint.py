@@ -99,25 +99,25 @@ def test_a_checkpoint_read_back(make_checkpoint: ModuleType, tmp_path: Path) -> 
                 assert torch.equal(matrix.data.view(torch.uint8), file.get_tensor(key).view(torch.uint8))
 
 
-def matrices(prefix: str, names: tuple[str, ...], suffix: str, per_row: bool) -> dict[str, torch.Tensor]:
+def matrices(prefix: str, names: tuple[str, ...], suffix: str, grid: str) -> dict[str, torch.Tensor]:
     tensors = {}
     for e in range(2):
         for name, rows, columns in zip(names, (96, 96, 140), (140, 140, 96), strict=True):
             q, s = moekern.per_block_cast_to_fp8(torch.randn(rows, columns))
-            scale = torch.rand(rows, 1).bfloat16() if per_row else s
+            scale = {"blocks": s, "rows": torch.rand(rows, 1).bfloat16(), "one": torch.rand(1).bfloat16()}[grid]
             tensors |= {f"{prefix}.{e}.{name}.weight": q, f"{prefix}.{e}.{name}.{suffix}": scale}
     return tensors
 
 
-@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("grid", ["blocks", "rows", "one"])
 @pytest.mark.parametrize("suffix", ["weight_scale_inv", "weight_scale"])
 @pytest.mark.parametrize(
     ("block", "names"),
     [("mlp", ("gate_proj", "up_proj", "down_proj")), ("block_sparse_moe", ("w1", "w3", "w2"))],
 )
-def test_names(tmp_path: Path, block: str, names: tuple[str, ...], suffix: str, per_row: bool) -> None:
-    """DeepSeek's and Mixtral's, with scales as either writes them; compressed-tensors has scales of rows in bf16."""
-    tensors = matrices(f"model.layers.7.{block}.experts", names, suffix, per_row)
+def test_names(tmp_path: Path, block: str, names: tuple[str, ...], suffix: str, grid: str) -> None:
+    """DeepSeek's and Mixtral's, with scales as either writes them; compressed-tensors has some in bf16."""
+    tensors = matrices(f"model.layers.7.{block}.experts", names, suffix, grid)
     tensors[f"model.layers.7.{block}.gate.weight"] = torch.randn(2, 140)
     save_file(tensors, tmp_path / "model.safetensors")
     for path in (tmp_path, tmp_path / "model.safetensors"):
@@ -135,7 +135,7 @@ def test_names(tmp_path: Path, block: str, names: tuple[str, ...], suffix: str, 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=INDEX):
         Checkpoint(tmp_path)
-    tensors = matrices("model.layers.7.mlp.experts", ("gate_proj", "up_proj", "down_proj"), "weight_scale", False)
+    tensors = matrices("model.layers.7.mlp.experts", ("gate_proj", "up_proj", "down_proj"), "weight_scale", "blocks")
     tensors["model.layers.7.mlp.gate.weight"] = torch.randn(2, 140)
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"layer is 6, but the checkpoint has experts in the layers \[7\]"):

@@ -46,6 +46,20 @@ def test_experts(executor: executors.Executor, case: Experts) -> None:
         check_rms(result, oracle)
 
 
+@pytest.mark.parametrize("executor", executors.this_machine(fused_experts), ids=str)
+def test_more_tokens_than_fit_memory_at_once(executor: executors.Executor) -> None:
+    """Kernels take tokens in chunks: here hidden states alone are more than 64 MiB."""
+    p, reference = large()
+    assert torch.equal(executor(*p.arguments, **p.options).double(), reference)
+
+
+@functools.cache
+def large() -> tuple[expert_cases.Operands, torch.Tensor]:
+    case = Experts(1100, 12, 4100, 4, 4, x="f32", routing="skips", shared=1, values="integers")
+    p = expert_cases.operands(case)
+    return p, fused_experts.reference(*p.arguments, **p.options)
+
+
 # ---- the reference -----------------------------------------------------------------------------------
 
 

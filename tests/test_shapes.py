@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import executors
 import pytest
+import torch
 from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 from test_kernels import run_gemm
 
 import moekern
+from moekern import fused_experts
 from moekern.scaled import DTYPES
+from moekern.testing import cases, expert_cases
 from moekern.testing.cases import Gemm
+from moekern.testing.expert_cases import FORMS, Experts
 from moekern.testing.numerics import check_exact
 
 
@@ -58,3 +64,53 @@ def test_any_shape(executor: executors.Executor, case: Gemm) -> None:
     except pytest.skip.Exception:  # this example only: another may be taken
         return
     check_exact(result, oracle)
+
+
+def layer(experts: int, chosen: int, **fields: Any) -> Experts:
+    return Experts(experts=experts, top_k=min(experts, chosen), values="integers", **fields)
+
+
+layers = st.builds(
+    layer,
+    experts=st.integers(1, 7),
+    chosen=st.integers(0, 4),
+    tokens=near(1, 6, 8, 16, 32, most=70),
+    hidden=near(8, 32, 64, 128, most=300).map(lambda size: max(size, 2)),
+    intermediate=near(8, 32, 64, 128, most=300).map(lambda size: max(size, 1)),
+    x=st.sampled_from(["bf16", "f16", "f32", *DTYPES]),
+    weight=FORMATS,
+    quantize=st.booleans(),
+    block=st.sampled_from([(128, 128), (1, 128), (1, 0), (0, 0)]),
+    scale=st.sampled_from(["f32", "ue8m0"]),
+    form=st.sampled_from(FORMS),
+    activation=st.sampled_from(["swiglu", "gelu", "gelu_tanh"]),
+    limit=st.sampled_from([None, 64.0]),
+    on_input=st.booleans(),
+    shared=st.integers(0, 2),
+    shared_size=st.sampled_from([None, 1, 130]),
+    mapped=st.booleans(),
+    routing=st.sampled_from(["even", "skewed", "one", "skips", "nothing"]),
+    index=st.sampled_from(["i32", "i64"]),
+    out=st.sampled_from([None, "f32", "bf16"]),
+    layout_x=LAYOUTS,
+    layout_w=LAYOUTS,
+    layout_out=LAYOUTS,
+)
+
+
+@executors.of(fused_experts)
+@settings(max_examples=30)
+@given(case=layers)
+def test_any_layer(executor: executors.Executor, case: Experts) -> None:
+    if executor.absent:
+        pytest.skip(f"{executor.name} {executor.absent}")
+    note(str(case))
+    p = expert_cases.operands(case)
+    out = expert_cases.output(case)
+    try:
+        executor(*p.arguments, **p.options, out=out)
+    except pytest.skip.Exception:
+        return
+    assert cases.only_written(out), "wrote outside of out"
+    expected = fused_experts.reference(*p.arguments, **p.options).to(torch.float32).to(out.dtype)
+    assert torch.equal(out, expected)

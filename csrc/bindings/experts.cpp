@@ -11,6 +11,7 @@ constexpr const char* kExperts = "fused_experts";
 
 // Views of the weights of a layer, checked once. Python's ExpertWeights keeps what they point at.
 struct ExpertTable {
+  static constexpr const char* kName = "moekern.ExpertTable";  // of the capsule that holds it
   std::vector<Expert> experts;
   int device = 0;
 };
@@ -38,9 +39,10 @@ void add_projections(ExpertTable& table, Projection Expert::* which, const std::
   }
 }
 
-std::unique_ptr<ExpertTable> make_table(const std::tuple<std::string, std::string, std::string>& names, py::list gate,
-                                        py::list up, py::list down, py::object gate_bias, py::object up_bias,
-                                        py::object down_bias, int64_t up_first, int64_t intermediate, int64_t hidden) {
+py::capsule expert_table(const std::tuple<std::string, std::string, std::string>& names, const py::list& gate,
+                         const py::list& up, const py::list& down, const py::object& gate_bias,
+                         const py::object& up_bias, const py::object& down_bias, int64_t up_first, int64_t intermediate,
+                         int64_t hidden) {
   auto table = std::make_unique<ExpertTable>();
   table->experts.resize(gate.size());
   table->device = scaled(kTable, std::get<0>(names).c_str(), gate[0]).device;
@@ -50,12 +52,17 @@ std::unique_ptr<ExpertTable> make_table(const std::tuple<std::string, std::strin
   for (const Expert& e : table->experts)
     check(alike(e.gate, e.up), kTable, ": ", std::get<1>(names),
           " must have the format, block and scale dtype of gate");
-  return table;
+  return py::capsule(table.release(), ExpertTable::kName, [](PyObject* capsule) {
+    delete static_cast<ExpertTable*>(PyCapsule_GetPointer(capsule, ExpertTable::kName));
+  });
 }
 
 const ExpertTable& table_of(py::handle experts) {
   static const py::object kAttribute = interned("table");
-  return experts.attr(kAttribute).cast<const ExpertTable&>();
+  const py::object held = experts.attr(kAttribute);
+  const auto* table = static_cast<const ExpertTable*>(PyCapsule_GetPointer(held.ptr(), ExpertTable::kName));
+  if (!table) throw py::error_already_set();
+  return *table;
 }
 
 // The spec's parameters, in order.
@@ -207,7 +214,7 @@ py::list experts_rows(const Backend& backend) {
 }
 
 void bind_experts(py::module_& m) {
-  py::class_<ExpertTable>(m, "ExpertTable").def(py::init(&make_table));
+  m.def("expert_table", &expert_table);
   m.def("prepare_experts", &prepare_experts);
 }
 

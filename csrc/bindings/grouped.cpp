@@ -1,5 +1,6 @@
 // The grouped products: called from python/moekern/op.py, call the rows of backends/<device>/registry.cpp.
 #include <array>
+#include <memory>
 
 #include "bindings/tensors.h"
 
@@ -15,7 +16,8 @@ constexpr const char* kKGrouped = "k_grouped_fp8_gemm_tn_contiguous";
 // Where matrices of one shape lie that are not one tensor: read once, when moekern.GroupedWeights is made, since
 // reading hundreds of tensors costs as much as a small product.
 struct WeightTable {
-  Matrix data;  // the first
+  static constexpr const char* kName = "moekern.WeightTable";  // of the capsule that holds it
+  Matrix data;                                                 // the first
   ScaleGrid grid;
   int device;
   std::vector<std::pair<char*, char*>> places;
@@ -30,9 +32,10 @@ std::string layout_of(const Matrix& m) {
   return text(name_of(m.dtype), " ", shape_of(m), " with strides (", m.row_stride, ", ", m.col_stride, ")");
 }
 
-WeightTable weight_table(const std::string& op, const std::string& name, const py::list& data, const py::list& scale,
+py::capsule weight_table(const std::string& op, const std::string& name, const py::list& data, const py::list& scale,
                          int64_t block_rows, int64_t block_cols) {
-  WeightTable table;
+  auto held = std::make_unique<WeightTable>();
+  WeightTable& table = *held;
   const std::string first = name + "[0]";
   for (size_t g = 0; g < data.size(); ++g) {
     const std::string at = name + "[" + std::to_string(g) + "]", scale_at = at + ".scale";
@@ -47,7 +50,9 @@ WeightTable weight_table(const std::string& op, const std::string& name, const p
     table.places.emplace_back(v.matrix.data, s.data);
   }
   check_grid(op.c_str(), first.c_str(), table.data, table.grid);
-  return table;
+  return py::capsule(held.release(), WeightTable::kName, [](PyObject* capsule) {
+    delete static_cast<WeightTable*>(PyCapsule_GetPointer(capsule, WeightTable::kName));
+  });
 }
 
 // G weight matrices: a stack, or a table of separate ones.
@@ -72,8 +77,9 @@ Weights weights(const char* op, py::handle b) {
   }
   const py::object held = b.attr(kTable);
   check<TypeError>(!held.is_none(), op, ": b has no addresses; its matrices must be plain tensors");
-  const auto& table = held.cast<const WeightTable&>();
-  return {table.data, table.grid, table.device, static_cast<int64_t>(table.places.size()), &table, {}, {}};
+  const auto* table = static_cast<const WeightTable*>(PyCapsule_GetPointer(held.ptr(), WeightTable::kName));
+  if (!table) throw py::error_already_set();
+  return {table->data, table->grid, table->device, static_cast<int64_t>(table->places.size()), table, {}, {}};
 }
 
 // A left operand: FP8 with scales or float, a stack of matrices or one.
@@ -454,7 +460,6 @@ py::list grouped_rows(const Backend& backend) {
 }
 
 void bind_grouped(py::module_& m) {
-  py::class_<WeightTable>(m, "WeightTable");
   m.def("weight_table", &weight_table);
   m.def("check_layout", &check_new_layout);
   m.def("prepare_m_grouped", &prepare_m_grouped);

@@ -55,12 +55,9 @@ def prepare_gemm(
     out_dtype: torch.dtype | None,
     /,
 ) -> tuple[Any, ...]: ...
-
-class WeightTable: ...
-
 def weight_table(
     op: str, name: str, data: list[torch.Tensor], scale: list[torch.Tensor], block_rows: int, block_cols: int, /
-) -> WeightTable: ...
+) -> object: ...  # a capsule
 def check_layout(
     starts: torch.Tensor, counts: torch.Tensor, rows: int, alignment: int, capacity: int | None, /
 ) -> None: ...
@@ -92,23 +89,19 @@ def prepare_cast(
     gated: bool,
     /,
 ) -> tuple[torch.Tensor, ScaledTensor]: ...
-
-class ExpertTable:
-    def __init__(
-        self,
-        names: tuple[str, str, str],
-        gate: list[ScaledTensor],
-        up: list[ScaledTensor],
-        down: list[ScaledTensor],
-        gate_bias: list[torch.Tensor] | None,
-        up_bias: list[torch.Tensor] | None,
-        down_bias: list[torch.Tensor] | None,
-        up_first: int,
-        intermediate: int,
-        hidden: int,
-        /,
-    ) -> None: ...
-
+def expert_table(
+    names: tuple[str, str, str],
+    gate: list[ScaledTensor],
+    up: list[ScaledTensor],
+    down: list[ScaledTensor],
+    gate_bias: list[torch.Tensor] | None,
+    up_bias: list[torch.Tensor] | None,
+    down_bias: list[torch.Tensor] | None,
+    up_first: int,
+    intermediate: int,
+    hidden: int,
+    /,
+) -> object: ...  # a capsule
 def prepare_experts(*call: Any) -> tuple[Any, ...]: ...
 def prepare_dequantize(
     x: ScaledTensor, out: torch.Tensor | None, out_dtype: torch.dtype | None, /

@@ -48,7 +48,7 @@ class ExpertWeights:
     """
 
     alive: ClassVar[WeakValueDictionary[int, ExpertWeights]] = WeakValueDictionary()  # by id(tensors[0])
-    table: _C.ExpertTable | None  # addresses for native kernels; None under a compiler, which has none
+    table: object  # addresses for native kernels; None under a compiler, which has none
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class ExpertWeights:
         self.table = None
         if not torch.compiler.is_compiling() and type(self.tensors[0]) is torch.Tensor:
             names = (first.name, sources[-2].name, down.name)
-            self.table = _C.ExpertTable(names, *self._projections, *self._biases, self.up_first, size, hidden)
+            self.table = _C.expert_table(names, *self._projections, *self._biases, self.up_first, size, hidden)
             ExpertWeights.alive[id(self.tensors[0])] = self
 
 

@@ -52,8 +52,8 @@ class GroupedLayout:
                     f"rows is {self.rows}; {groups} groups of capacity {self.capacity} take {groups * self.capacity}"
                 )
         if _readable(self.starts):
-            values = [x.to("cpu") for x in (self.starts, self.counts)]
-            _C.check_layout(*values, self.rows, self.alignment, self.capacity)
+            starts, counts = self.starts.to("cpu"), self.counts.to("cpu")
+            _C.check_layout(starts, counts, self.rows, self.alignment, self.capacity)
 
     @classmethod
     def from_counts(cls, counts: Integers, alignment: int = 1, rows: int | None = None) -> GroupedLayout:
@@ -114,8 +114,9 @@ class GroupedLayout:
                     f"indices[{i}] is {indices[i]} after a row of group {before[i]}; groups must ascend, each in one "
                     "piece"
                 )
-        starts = torch.searchsorted(before[1:], torch.arange(num_groups, device=indices.device))
-        counts = indices.new_zeros(num_groups + 1).index_add(0, indices + 1, torch.ones_like(indices))[1:]
+        # Bin 0 is of label -1. A group starts where all rows end that are of smaller labels, filled as above.
+        starts = _histogram(before[1:] + 1, num_groups + 1).cumsum(0)[:-1]
+        counts = _histogram(indices + 1, num_groups + 1)[1:]
         return cls(starts, counts, len(indices), alignment)
 
     @classmethod
@@ -141,10 +142,10 @@ class GroupedLayout:
 
     def indices(self) -> torch.Tensor:
         """The group of every row, -1 where it is none: [rows] int32, DeepGEMM's m_indices."""
-        row = torch.arange(self.rows, device=self.starts.device)
-        group = torch.searchsorted(self.starts + self.counts, row, right=True)  # the first that ends behind the row
-        start = torch.cat([self.starts, self.starts.new_full((1,), self.rows)])[group]
-        return torch.where(row >= start, group, -1).to(torch.int32)
+        label = torch.arange(1, len(self) + 1, device=self.starts.device)
+        changes = label.new_zeros(self.rows + 1).index_add(0, self.starts, label)
+        changes = changes.index_add(0, self.starts + self.counts, -label)
+        return (changes.cumsum(0)[:-1] - 1).to(torch.int32)
 
 
 def _integers(name: str, x: Integers) -> torch.Tensor:
@@ -193,8 +194,12 @@ def _shifted(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x.new_zeros(1), x])[:-1]
 
 
+def _histogram(x: torch.Tensor, bins: int) -> torch.Tensor:
+    return x.new_zeros(bins).index_add(0, x, torch.ones_like(x))
+
+
 def _round_up(x: torch.Tensor, step: int) -> torch.Tensor:
-    return (x + step - 1) // step * step
+    return x if step == 1 else (x + step - 1) // step * step
 
 
 def _slots(like: torch.Tensor, capacity: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ class GroupedWeights:
     data: tuple[torch.Tensor, ...]
     scale: tuple[torch.Tensor, ...]
     block: tuple[int, int]
-    table: Any  # addresses for native kernels; None of fake and other subclasses, and under a compiler
+    table: object | None  # addresses for native kernels; None of fake and other subclasses, and under a compiler
 
     def __init__(self, groups: Sequence[ScaledTensor | tuple[torch.Tensor, torch.Tensor]]) -> None:
         self._fill(groups, "GroupedWeights", "groups")

@@ -24,6 +24,10 @@ static inline __m512i cvtepu16_epi32(__m256i x) {
   return join(_mm256_cvtepu16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(x, 1)));
 }
 
+static inline __m512i cvtepu8_epi16(__m256i x) {
+  return join(_mm256_cvtepu8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(x, 1)));
+}
+
 static inline __m512i cvtepu8_epi32(__m128i x) {
   return join(_mm256_cvtepu8_epi32(x), _mm256_cvtepu8_epi32(_mm_srli_si128(x, 8)));
 }
@@ -91,6 +95,7 @@ static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
 
 }  // namespace moekern::emulated
 
+#undef _mm512_cvtepu8_epi16
 #undef _mm512_cvtepu8_epi32
 #undef _mm512_cvtepu16_epi32
 #undef _mm512_cvtepi32_epi16
@@ -101,6 +106,7 @@ static inline __m512 dpbf16_ps(__m512 sum, Bf16x32 a, Bf16x32 b) {
 #undef _mm512_cvtph_ps
 #undef _mm512_cvtps_ph
 #undef _mm512_dpbf16_ps
+#define _mm512_cvtepu8_epi16 moekern::emulated::cvtepu8_epi16
 #define _mm512_cvtepu8_epi32 moekern::emulated::cvtepu8_epi32
 #define _mm512_cvtepu16_epi32 moekern::emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 moekern::emulated::cvtepi32_epi16

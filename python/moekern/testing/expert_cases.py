@@ -40,6 +40,7 @@ class Experts:
     on_input: bool = False
     reduce: bool = True
     shared: int = 0
+    shared_size: int | None = None  # their intermediate size, if it is another
     mapped: bool = False  # ids are of twice as many experts, of which every other lives here
     routing: str = "even"
     index: str = "i64"
@@ -93,9 +94,12 @@ def operands(case: Experts, seed: int = 0) -> Operands:
         "quantize_activations": case.quantize,
         "apply_router_weight_on_input": case.on_input,
         "reduce": case.reduce,
-        "shared": _experts(case, draw, case.shared) if case.shared else None,
+        "shared": None,
         "expert_map": None,
     }
+    if case.shared:
+        own = replace(case, intermediate=case.shared_size or case.intermediate)
+        options["shared"] = _experts(own, draw, case.shared)
     if case.mapped:
         options["expert_map"] = torch.full((2 * case.experts,), -1)
         options["expert_map"][1::2] = torch.arange(case.experts)
@@ -295,6 +299,10 @@ def _cases() -> Iterator[Experts]:
             yield Experts(21, 150, 80, 6, 3, routing=kind, shared=shared)
         yield Experts(21, 150, 80, 6, 3, routing=kind, reduce=False, mapped=True)
         yield Experts(21, 150, 80, 6, 3, routing=kind, quantize=True, on_input=True, index="i32")
+    for x in ("bf16", "e4m3fn"):
+        for size in (31, 140):  # narrower and wider than the others
+            yield Experts(21, 150, 80, 6, 3, x=x, shared=2, shared_size=size, on_input=True)
+            yield Experts(2, 150, 80, 6, 3, x=x, shared=1, shared_size=size, bias="f32", out="f32")
     # Formats.
     for weight in DTYPES:
         for x in (*FLOATS, *DTYPES):

@@ -27,7 +27,7 @@ from moekern.testing.cases import (
 from moekern.testing.numerics import GemmOracle, gemm_oracle
 from moekern.weights import GroupedWeights
 
-Operand = torch.Tensor | ScaledTensor
+Operand = Any  # a float tensor, or a ScaledTensor
 UNTOUCHED = 77.0  # what `out` holds where no group writes
 
 
@@ -214,8 +214,7 @@ def k_grouped_operands(
         x = _matrix(g, (layout.rows, columns), dtype, block, case.scale, values)
         _poison_rows(x, unowned)
         operands.append(_placed(x, where))
-    dtype = FLOATS[case.out or "f32"]
-    nothing = torch.full((len(layout), case.m, case.n), torch.nan, dtype=dtype)
+    nothing = torch.full((len(layout), case.m, case.n), torch.nan, dtype=FLOATS[case.out or "f32"])
     out = _stacked(list(nothing) or [nothing.new_full((case.m, case.n), torch.nan)], case.layout_out, len(layout))
     if case.c is None:
         return operands[0], operands[1], layout, None, out
