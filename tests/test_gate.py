@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -81,7 +82,12 @@ def test_the_mask_decides_where_selection_values_are_negative(executor: executor
     bias = -torch.arange(1.0, 33.0)
     options = {"scoring": "sigmoid", "correction_bias": bias, "num_expert_group": 4, "topk_group": 1}
     assert gate(executor, torch.zeros(1, 32), 3, **options).ids.tolist() == [[0, 1, 2]]
-    assert gate(executor, torch.zeros(1, 32), 3, mask_value=0.0, **options).ids.tolist() == [[8, 9, 10]]
+    for zero in (0.0, -0.0):
+        assert gate(executor, torch.zeros(1, 32), 3, mask_value=zero, **options).ids.tolist() == [[8, 9, 10]]
+    cold = torch.full((1, 32), -200.0)  # scores of 0, as large as the mask
+    options = {"scoring": "sigmoid", "num_expert_group": 4, "topk_group": 1}
+    for zero in (0.0, -0.0):
+        assert gate(executor, cold, 9, mask_value=zero, **options).ids.tolist() == [list(range(9))]
 
 
 @executors.of(moe_gate)
@@ -110,6 +116,19 @@ def test_special_logits(executor: executors.Executor, value: float) -> None:
     spoiled = value != -torch.inf
     assert got.ids.tolist() == [[0, 1, 2, 3]] * 2
     assert got.weights.isnan().tolist() == [[spoiled] * 4, [False] * 4]
+
+
+@executors.of(moe_gate)
+def test_a_group_that_counts_as_nan_is_kept(executor: executors.Executor) -> None:
+    """Infinity and -infinity as a group's two best, and NaN as its best."""
+    for first, rest in ((torch.inf, -torch.inf), (torch.nan, 0.0)):
+        bias = torch.zeros(64)
+        bias[32:48] = rest
+        bias[40] = first
+        got = gate(
+            executor, torch.zeros(1, 64), 3, scoring="sigmoid", correction_bias=bias, num_expert_group=4, topk_group=1
+        )
+        assert got.ids.tolist() == [[40, 32, 33] if rest == 0 else [40, 0, 1]], first
 
 
 @executors.of(moe_gate)
@@ -154,8 +173,8 @@ def test_for_any_number_of_threads(executor: executors.Executor) -> None:
 def test_kernels_with_fma_give_the_same_bits() -> None:
     """Whatever the width of their vectors: routing is the same on every CPU that has FMA."""
     kernels = [e for e in executors.executors(moe_gate) if not e.absent and not e.name.endswith("scalar")]
-    for scoring in ("softmax", "sigmoid"):
-        case = Gate(64, 160, 6, scoring=scoring, bias="f32", groups=8, kept=3, renormalize=True, values="wide")
+    for scoring, values in itertools.product(("softmax", "sigmoid"), ("normal", "wide")):
+        case = Gate(64, 160, 6, scoring=scoring, bias="f32", groups=8, kept=3, values=values)
         (logits, topk), options = routing_cases.gate_operands(case)
         results = [kernel(logits, topk, **options) for kernel in kernels]
         for kernel, result in zip(kernels, results, strict=True):

@@ -41,7 +41,7 @@ void gate(const RowOps& rows, const RoutingIsa& isa, const GateProblem& p) {
                          in_blocks(experts / p.groups),
                          p.sigmoid,
                          p.correction_bias ? bias : nullptr,
-                         p.mask_value};
+                         p.mask_value + 0.f};  // 0 of either sign is 0
   parallel_for(p.threads, ceil_div(p.logits.rows, kRowsPerTask), [&](int64_t task) {
     float* values = scratch_of<float>(Slot::row, kGateRows * width);
     int32_t* keys = scratch_of<int32_t>(Slot::own_a, kGateRows * plan.scratch());

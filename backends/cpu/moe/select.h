@@ -16,13 +16,14 @@ constexpr uint32_t kNone = 0x80000000u;  // below the key of every number
 constexpr uint32_t kNanKey = 0x7fffffffu;
 alignas(64) constexpr uint32_t kLanes[kGateBlock] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Integers in the order of the numbers: both zeros alike, NaN above all. A key that is no NaN's is its own inverse.
+// Integers in the order of the numbers, NaN above all. Of zeros there is +0 only: scores are not negative, and a sum
+// is -0 only if both of its terms are. A key that is no NaN's is its own inverse.
 inline I32 key_of(F32 x) {
-  const I32 u = bits(add(x, zero()));  // -0 + 0 is 0
+  const I32 u = bits(x);
   return if_nan(x, set1_i32(kNanKey), bit_xor(u, bit_and(sra32<31>(u), set1_i32(0x7fffffffu))));
 }
 inline uint32_t key_of_one(float x) {
-  const uint32_t u = float_bits(x + 0.f);
+  const uint32_t u = float_bits(x);
   return x != x ? kNanKey : u ^ (u >> 31 ? 0x7fffffffu : 0);
 }
 inline float number_of(uint32_t key) { return bits_float(key ^ (key >> 31 ? 0x7fffffffu : 0)); }
