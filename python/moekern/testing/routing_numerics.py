@@ -59,10 +59,13 @@ class _GateOracle:
         order = value.sort(dim=1, descending=True, stable=True).indices
         last, first_out = order[:, kept - 1 : kept], order[:, kept : kept + 1]
         gap = value.gather(1, last) - value.gather(1, first_out)
-        # Equal maxima are those of equal logits, which have equal scores in f32 too.
-        equal = (value.gather(1, last) == value.gather(1, first_out)) | gap.isnan()
         slack = error.gather(1, last) + error.gather(1, first_out)
-        self.groups_decided = ((gap > slack) | (equal & (not two)) | gap.isnan()).squeeze(1)
+        # Where the last one kept ties, the order decides if all that is as good is so by the same logit: a sigmoid of
+        # 1 may be one of many.
+        top = self.logits.reshape(tokens, groups, experts // groups).amax(2)
+        close = (value - value.gather(1, last)).abs() <= error + error.gather(1, last)
+        alike = (~close | (top == top.gather(1, last))).all(1, keepdim=True)
+        self.groups_decided = ((gap > slack) | (alike & (not two)) | gap.isnan()).squeeze(1)
         out = torch.ones(tokens, groups, dtype=torch.bool)
         out[torch.arange(tokens).unsqueeze(1), order[:, :kept]] = False
         self.masked = out.repeat_interleave(experts // groups, 1)
