@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import moekern
+from moekern import ops
 from moekern.ops import OPS
 from moekern.testing import selftest
 
@@ -111,6 +112,7 @@ def test_selftest_finds_a_wrong_kernel(op, monkeypatch, capsys):
 
     wrong = moekern.Kernel("cpu.wrong", run_wrongly, "cpu", refuses=good.refuses)
     monkeypatch.setattr(op, "kernels", [*op.kernels, wrong])
+    monkeypatch.setattr(ops, "OPS", (op,))
     assert selftest.main() == 1
     failures = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAILED")]
     assert len(failures) == 1 and "cpu.wrong" in failures[0] and "differ" in failures[0]

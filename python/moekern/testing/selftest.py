@@ -20,26 +20,27 @@ def main() -> int:
     """Prints a line for every kernel; returns 1 if one failed, else 0."""
     counts = {"ok": 0, "FAILED": 0, "absent": 0}
     for op in ops.OPS:
+        problems = [(arguments, _by_name(op.reference, arguments)) for arguments in _PROBLEMS[op.name]()]
         for kernel in op.kernels:
-            state, why = _check(op, kernel)
+            state, why = _check(op, kernel, problems)
             counts[state] += 1
             print(f"{state:<7} {op.name:<32} {kernel.name}{': ' + why if why else ''}")
     print(f"{counts['ok']} passed, {counts['FAILED']} failed, {counts['absent']} cannot run here")
     return 1 if counts["FAILED"] or not counts["ok"] else 0
 
 
-def _check(op: Op, kernel: Kernel) -> tuple[str, str | None]:
+def _check(op: Op, kernel: Kernel, problems: list[tuple[tuple[Any, ...], Any]]) -> tuple[str, str | None]:
     if reason := kernel.absent(moekern.devices()):
         return "absent", reason
     taken = 0
-    for arguments in _PROBLEMS[op.name]():
+    for arguments, expected in problems:
         try:
             call = _by_name(op.prepare, arguments)
             if kernel.refuses is not None and kernel.refuses(*call) is not None:
                 continue
             taken += 1
             kernel.run(*call)
-            wrong = _difference(call[op.output_index], _by_name(op.reference, arguments))
+            wrong = _difference(call[op.output_index], expected)
         except Exception as error:  # one broken kernel does not hide the others
             wrong = f"{type(error).__name__}: {error}"
         if wrong:
