@@ -7,7 +7,7 @@
 namespace moekern::cpu {
 
 constexpr int MR = 6, NV = 2;
-constexpr Stream kStream = stream_up_to(32);
+constexpr Stream kStream = stream_up_to(20);
 
 extern const GemmIsa k_avx2;
 constexpr GemmIsa k_avx2 = {&kRowOps, Dtype::f32, W, MR, NV * W, 1, pack<NV>, tile<MR, NV>, &kStream};

@@ -17,8 +17,7 @@
 namespace moekern::cpu {
 namespace {
 
-// Weight rows to a task. All of a row of scales, so that what surrounds its products does not count, but for small
-// products, whose threads would wait for the last one.
+// Weight rows to a task: all of a row of scales, but for small products.
 constexpr int64_t kMinTaskRows = 16, kMaxTaskRows = 128;
 constexpr int64_t kPieceBytes = 24 << 10;  // of activations, in an L1 of 32 KiB or more
 
@@ -154,9 +153,15 @@ void stream_activations(const GemmIsa& isa, const GemmProblem& p, int64_t i, con
 }
 
 int64_t streamed_task_rows(int64_t n, int threads) {
-  int64_t rows = kMaxTaskRows;
-  while (rows > kMinTaskRows && ceil_div(n, rows) < 32 * threads) rows /= 2;
-  return rows;
+  // The time in rows: what a task costs besides its own is that of 8, and threads that are not equally fast wait for
+  // half a task in the end.
+  const auto cost = [&](int64_t rows) {
+    return ceil_div(ceil_div(n, rows), static_cast<int64_t>(threads)) * (rows + 8) + rows / 2;
+  };
+  int64_t best = kMaxTaskRows;
+  for (int64_t rows = kMaxTaskRows; rows >= kMinTaskRows; rows /= 2)
+    if (cost(rows) < cost(best)) best = rows;
+  return best;
 }
 
 void streamed_block(const GemmIsa& isa, const GemmProblem& p, const StreamedActivations& a, int64_t j0, int64_t cols,
