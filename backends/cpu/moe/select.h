@@ -38,18 +38,27 @@ inline uint32_t block_max(const int32_t* keys) {
   return reduce_max_i32(top);
 }
 
-// The place of the first of `keys` that equals `key`, which then becomes `becomes`. A vector is stored, not an
-// element: what loads it next need not wait for the cache.
-inline int replace_first(int32_t* keys, uint32_t key, uint32_t becomes) {
-  const I32 wanted = set1_i32(key);
-  for (int v = 0;; v += W) {
-    const I32 x = load_i32(keys + v);
-    const uint32_t found = equal_lanes(x, wanted);
-    if (!found) continue;
-    const int lane = __builtin_ctz(found);
-    store_i32(keys + v, if_equal(load_i32(kLanes), set1_i32(static_cast<uint32_t>(lane)), set1_i32(becomes), x));
-    return v + lane;
-  }
+// Which of a block's keys equal `wanted`, as bits. Whole blocks, since the vector that has the key can't be predicted.
+inline uint32_t equal_in_block(const int32_t* keys, I32 wanted) {
+  uint32_t found = 0;
+#pragma GCC unroll 16
+  for (int v = 0; v < kGateBlock; v += W) found |= equal_lanes(load_i32(keys + v), wanted) << v;
+  return found;
+}
+
+// The first block with a key that equals `wanted`, as one does.
+inline int32_t* find_block(int32_t* keys, I32 wanted) {
+  while (!equal_in_block(keys, wanted)) keys += kGateBlock;
+  return keys;
+}
+
+inline int find_lane(const int32_t* block, I32 wanted) { return __builtin_ctz(equal_in_block(block, wanted)); }
+
+// A vector is stored, not an element: what loads it next need not wait for the cache.
+inline void replace(int32_t* block, int lane, uint32_t becomes) {
+  int32_t* at = block + (W == kGateBlock ? 0 : lane / W * W);
+  const I32 place = set1_i32(static_cast<uint32_t>(lane % W));
+  store_i32(at, if_equal(load_i32(kLanes), place, set1_i32(becomes), load_i32(at)));
 }
 
 inline uint32_t largest(const int32_t* keys, int n) {
@@ -157,13 +166,19 @@ inline void mask_groups(const GatePlan& plan, const RowKeys& row) {
 inline int take_best(const RowKeys& row, int padded_blocks) {
   const uint32_t best = largest(row.maxima, padded_blocks);
   const I32 wanted = set1_i32(best);
-  int v = 0;
-  uint32_t found;
-  while (!(found = equal_lanes(load_i32(row.maxima + v), wanted))) v += W;
-  int32_t* block = row.keys + (v + __builtin_ctz(found)) * kGateBlock;
-  const int place = replace_first(block, best, kNone);
-  replace_first(row.maxima + v, best, block_max(block));
-  return static_cast<int>(block - row.keys) + place;
+  int32_t* maxima = find_block(row.maxima, wanted);
+  const int b = find_lane(maxima, wanted);
+  int32_t* block = row.keys + (maxima - row.maxima + b) * kGateBlock;
+  const int lane = find_lane(block, wanted);
+  replace(block, lane, kNone);
+  replace(maxima, b, block_max(block));
+  return static_cast<int>(block - row.keys) + lane;
+}
+
+inline void take_best_group(const GatePlan& plan, const RowKeys& row) {
+  const I32 wanted = set1_i32(largest(row.groups, in_blocks(plan.groups)));
+  int32_t* block = find_block(row.groups, wanted);
+  replace(block, find_lane(block, wanted), kNone);
 }
 
 // Each value taken depends on the one before: rows take turns, so that they wait together.
@@ -176,10 +191,7 @@ void select(const GatePlan& plan, float* const* x, int32_t* const* scratch, int3
   if (plan.kept_groups < plan.groups) {
     for (int r = 0; r < rows; ++r) make_group_keys(plan, {plan, scratch[r]});
     for (int n = 0; n < plan.kept_groups; ++n)
-      for (int r = 0; r < rows; ++r) {
-        int32_t* groups = RowKeys(plan, scratch[r]).groups;
-        replace_first(groups, largest(groups, in_blocks(plan.groups)), kNone);
-      }
+      for (int r = 0; r < rows; ++r) take_best_group(plan, {plan, scratch[r]});
     for (int r = 0; r < rows; ++r) mask_groups(plan, {plan, scratch[r]});
   }
   for (int k = 0; k < plan.topk; ++k)
