@@ -3,6 +3,7 @@
 #   make bench      a table of speeds beside this machine's limits
 #   make test       the whole test suite
 #   make lint       formatting, linting, types
+#   make engines    its tests of engines, with the oldest releases of them that moekern claims
 #   make sanitize   the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # All work in VENV, which they create. PYTEST takes more arguments: make test PYTEST="-k gemm -x".
@@ -13,7 +14,7 @@ python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: bench test lint types format sanitize
+.PHONY: bench test lint types format engines sanitize
 
 bench: $(VENV)/installed
 	$(python) bench/run.py --quick
@@ -47,6 +48,14 @@ format: $(VENV)/requirements
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(cxx)
+
+# A second environment, which sees all of VENV behind packages of its own.
+engines: $(VENV)/installed
+	$(python) -m venv --without-pip build/engines
+	echo "import site; site.addsitedir('$$($(python) -c 'import site; print(site.getsitepackages()[0])')')" > \
+	  $$(build/engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth
+	$(python) -m pip --python build/engines/bin/python install -q transformers==5.20.2
+	build/engines/bin/python -m pytest tests/test_transformers.py
 
 # A second environment that sees the packages of VENV but not its editable moekern. ASan has to be the
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
