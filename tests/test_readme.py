@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, block after block as a reader would paste it."""
+"""The documents' Python runs as it stands, block after block as a reader would paste it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
-def test_python_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def run(document: str) -> dict[str, Any]:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), names)
+        exec(compile(block, document, "exec"), names)
+    return names
+
+
+def test_readme():
+    names = run("README.md")
     assert names["y"].shape == names["d"].shape == (4, 576)
+
+
+def test_engines():
+    names = run("docs/engines.md")
+    names["moekern_transformers"].uninstall()
+    assert names["out"].shape == (5, 256)
+    assert names["out"].isfinite().all()
+    assert names["out"].abs().max() > 0.01
