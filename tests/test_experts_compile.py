@@ -167,3 +167,31 @@ def test_there_is_no_gradient() -> None:
         out.sum().backward()
     with torch.no_grad():
         assert not stacked(x, ids, weights).requires_grad
+
+
+def test_weights_are_described_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph that describes them itself, and again only where they are in other memory."""
+    described = 0
+    from_tensors = ExpertWeights.from_tensors
+
+    def counted(*arguments: Any) -> ExpertWeights:
+        nonlocal described
+        described += 1
+        return from_tensors(*arguments)
+
+    monkeypatch.setattr(ExpertWeights, "from_tensors", counted)
+    p = expert_cases.operands(Experts(5, H, 72, 4, 2, x="f32"))
+    data, scale = p.experts.tensors[0].clone(), p.experts.tensors[1].clone()
+    other = data.flip(0), scale.flip(0)
+    down = p.experts.tensors[2], p.experts.tensors[3]
+
+    def model(x: torch.Tensor, data: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return fused_experts(x, ExpertWeights((data, scale), down), p.ids, p.weights)
+
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for operands, count in (((data, scale), 1), ((data, scale), 1), (other, 2), ((data, scale), 2)):
+        torch.testing.assert_close(compiled(p.x, *operands), model(p.x, *operands), rtol=0, atol=0)
+        assert described == count
+    scale.mul_(2)  # in place: the same description of other values
+    torch.testing.assert_close(compiled(p.x, data, scale), model(p.x, data, scale), rtol=0, atol=0)
+    assert described == 2

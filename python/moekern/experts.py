@@ -93,6 +93,13 @@ class ExpertWeights:
         self._build(tuple(sources), of_w13, of_w2, bool(interleaved))
         return self
 
+    @classmethod
+    def from_table(cls, table: object) -> ExpertWeights:
+        """What native kernels need of one whose `table` this is, and no more; its memory must be held elsewhere."""
+        self = cls.__new__(cls)
+        self.table = table
+        return self
+
     def __repr__(self) -> str:
         first = self._projections[0][0]
         return (

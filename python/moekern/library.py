@@ -214,13 +214,24 @@ def _trace_dequantize(x, out=None, out_dtype=None):  # type: ignore[no-untyped-d
 # ---- fused_experts -----------------------------------------------------------------------------------
 
 
+_TABLES: dict[Any, object] = {}  # ExpertWeights.table by all that it depends on: it holds addresses and no memory
+_MOST_TABLES = 1024
+
+
 def _known(tensors: list[torch.Tensor], layout: list[int]) -> ExpertWeights:
-    """The ExpertWeights that these came from, if it is alive: checking hundreds of matrices takes milliseconds."""
+    """The ExpertWeights of these. Checking hundreds of matrices takes milliseconds, so it is done once."""
     experts = ExpertWeights.alive.get(id(tensors[0]))
-    if experts is None or experts.layout != tuple(layout) or len(experts.tensors) != len(tensors):
-        return ExpertWeights.from_tensors(tensors, layout)
-    same = all(a is b for a, b in zip(experts.tensors, tensors, strict=True))
-    return experts if same else ExpertWeights.from_tensors(tensors, layout)
+    if experts is not None and experts.layout == tuple(layout) and len(experts.tensors) == len(tensors):
+        if all(a is b for a, b in zip(experts.tensors, tensors, strict=True)):
+            return experts
+    key = tuple(layout), tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
+    if (table := _TABLES.get(key)) is not None:
+        return ExpertWeights.from_table(table)
+    experts = ExpertWeights.from_tensors(tensors, layout)
+    if len(_TABLES) >= _MOST_TABLES:
+        _TABLES.pop(next(iter(_TABLES)), None)
+    _TABLES[key] = experts.table
+    return experts
 
 
 _EXPERT_OPTIONS = ("activation", "alpha", "beta", "limit", "quantize_activations", "apply_router_weight_on_input",
