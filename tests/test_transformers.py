@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -231,6 +233,17 @@ def test_quantising_while_loading(name: str, scale_fmt: str, tmp_path: Path) -> 
         assert torch.equal(module.weight_scale_inv.float(), scale), layer
     for (key, before), after in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(before.view(torch.uint8), after.view(torch.uint8)), key
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+def test_example(folders: dict[str, Path], name: str) -> None:
+    script = Path(__file__).parents[1] / "examples" / "generate_fp8_cpu.py"
+    command = [sys.executable, str(script), str(folders[name]), "--prompt", "moe", "--tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "1 rows: fp8_gemm_nt on cpu" in done.stdout
+    assert "[109, 111, 101, " in done.stdout
+    assert "0.0 M of" not in done.stdout
 
 
 # ---- installing --------------------------------------------------------------------------------------

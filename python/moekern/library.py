@@ -218,12 +218,15 @@ _TABLES: dict[Any, object] = {}  # ExpertWeights.table by all that it depends on
 _MOST_TABLES = 1024
 
 
+def _same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
 def _known(tensors: list[torch.Tensor], layout: list[int]) -> ExpertWeights:
     """The ExpertWeights of these. Checking hundreds of matrices takes milliseconds, so it is done once."""
-    experts = ExpertWeights.alive.get(id(tensors[0]))
-    if experts is not None and experts.layout == tuple(layout) and len(experts.tensors) == len(tensors):
-        if all(a is b for a, b in zip(experts.tensors, tensors, strict=True)):
-            return experts
+    alive = ExpertWeights.alive.get(id(tensors[0]))
+    if alive is not None and alive.layout == tuple(layout) and _same(alive.tensors, tensors):
+        return alive
     key = tuple(layout), tuple((x.data_ptr(), x.dtype, x.shape, x.stride()) for x in tensors)
     if (table := _TABLES.get(key)) is not None:
         return ExpertWeights.from_table(table)
