@@ -21,6 +21,7 @@ from transformers.integrations import finegrained_fp8 as fp8
 import moekern
 import moekern.integrations.transformers as ours
 from moekern import ExpertWeights, ScaledTensor
+from moekern.integrations.compressed_tensors import block_fp8
 from moekern.testing.expert_numerics import experts_oracle
 from moekern.testing.numerics import check_bound, gemm_oracle
 
@@ -174,6 +175,39 @@ def test_saving_gives_the_same_bytes(folders: dict[str, Path], name: str, tmp_pa
         assert torch.equal(value.float(), again.float()), key  # router biases may come back in f32
 
 
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_compressed_tensors(name: str, tmp_path: Path) -> None:
+    """Its names are read, and what is saved has them too and loads again."""
+    (tmp_path / "before").mkdir()
+    folder = tiny_models.write(name, tmp_path / "before", compressed_tensors=True)
+    with ours.install():
+        model = load(folder)
+        experts = {} if name == "qwen3" else {"experts_implementation": "moekern"}
+        assert any(p.dtype == FP8 for p in model.parameters())
+        before, after = (load_file(folder / "model.safetensors"), tmp_path / "after")
+        model.save_pretrained(after)
+        found = calls(load(after, **experts), fp8.FP8Linear)
+    saved = load_file(after / "model.safetensors")
+    assert before.keys() == saved.keys()
+    for layer, ((x,), out) in found.items():
+        weight = ScaledTensor(before[f"{layer}.weight"], before[f"{layer}.weight_scale"], (128, 128))
+        rows = x.reshape(-1, x.shape[-1])
+        check_bound(out.reshape(len(rows), -1), gemm_oracle(moekern.fp8_gemm_nt, rows, weight))
+    assert all(torch.equal(before[key].float(), saved[key].float()) for key in before)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128},
+        {"num_bits": 8, "type": "float", "strategy": "channel"},
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128], "symmetric": False},
+    ],
+)
+def test_other_compressed_tensors_stay_with_transformers(weights: dict[str, Any]) -> None:
+    assert block_fp8({"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}}) is None
+
+
 @pytest.mark.parametrize("name", ["deepseek-v3", "qwen3"])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "moekern"])
 def test_gradient_of_the_input(folders: dict[str, Path], name: str, implementation: str) -> None:
@@ -210,6 +244,25 @@ def test_one_graph_for_every_shape(folders: dict[str, Path], name: str) -> None:
             got, expected = (m(ids, use_cache=False).logits for m in (compiled, model))
             torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert graphs == 1
+
+
+@pytest.mark.parametrize("name", tiny_models.NAMES)
+def test_export(folders: dict[str, Path], name: str) -> None:
+    class Logits(torch.nn.Module):
+        def __init__(self, model: Any) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.model(ids, use_cache=False).logits
+
+    auto = torch.export.Dim.AUTO
+    with ours.install(), torch.no_grad():
+        model = Logits(load(folders[name], **({} if name == "qwen3" else {"experts_implementation": "moekern"})))
+        exported = torch.export.export(model, (IDS,), dynamic_shapes=({0: auto, 1: auto},), strict=False).module()
+        for rows, columns in ((2, 6), (3, 9), (5, 4)):
+            ids = (torch.arange(rows * columns) * 31 % 512).view(rows, columns)
+            torch.testing.assert_close(exported(ids), model(ids), rtol=0, atol=0)
 
 
 @pytest.mark.skipif(RELEASE < ours.QUANTIZES, reason="this transformers rounds to FP8 before it knows the scales")
@@ -262,11 +315,12 @@ def test_without_it_transformers_dequantises() -> None:
 
 def test_install_is_idempotent_and_reversible() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     def state() -> tuple[Any, ...]:
         names = [set(registry) for registry in (fp8.ALL_FP8_EXPERTS_FUNCTIONS, ALL_EXPERTS_FUNCTIONS)]
-        return fp8._FINEGRAINED_FP8, AUTO_QUANTIZER_MAPPING["fp8"], *names
+        settings = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+        return fp8._FINEGRAINED_FP8, AUTO_QUANTIZER_MAPPING["fp8"], settings, *names
 
     before = state()
     ours.install()

@@ -78,8 +78,47 @@ def dequantized(name: str, folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(plain_folder, dtype=torch.bfloat16).eval()
 
 
-def write(name: str, folder: Path) -> Path:
-    """The same model as an FP8 checkpoint; every projection has weight_scale_inv for its 128x128 blocks."""
+_DEEPSEEK = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+_COMPRESSED_TENSORS = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head", "re:.*mlp.gate$"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "block",
+                "block_structure": [128, 128],
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "float",
+                "symmetric": True,
+                "strategy": "group",
+                "group_size": 128,
+                "dynamic": True,
+            },
+        }
+    },
+}
+
+
+def write(name: str, folder: Path, compressed_tensors: bool = False) -> Path:
+    """The same model as an FP8 checkpoint; every projection has weight_scale_inv for its 128x128 blocks.
+
+    compressed_tensors: with its settings and its name for scales, weight_scale.
+    """
+    scale_name = "_scale" if compressed_tensors else "_scale_inv"
     plain(name).save_pretrained(folder)
     tensors: dict[str, torch.Tensor] = {}
     for key, value in load_file(folder / "model.safetensors").items():
@@ -87,15 +126,10 @@ def write(name: str, folder: Path) -> Path:
             tensors[key] = value
             continue
         tensors[key], scale = moekern.per_block_cast_to_fp8(value)
-        tensors[f"{key}_scale_inv"] = scale * (1 + torch.rand(scale.shape))  # no two blocks alike
+        tensors[f"{key}{scale_name}"] = scale * (1 + torch.rand(scale.shape))  # no two blocks alike
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     path = folder / "config.json"
     settings = json.loads(path.read_text())
-    settings["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
-    }
+    settings["quantization_config"] = _COMPRESSED_TENSORS if compressed_tensors else _DEEPSEEK
     path.write_text(json.dumps(settings))
     return folder

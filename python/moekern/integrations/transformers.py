@@ -11,6 +11,7 @@ quantise there. What is replaced, and put back by `uninstall`:
 - the three functions behind FP8Linear, FP8GroupedLinear and FP8Experts, for tensors on moekern's devices; others
   still go to the kernels that transformers downloads;
 - the quantizer "fp8": it neither turns weights into bf16 nor leaves those out whose sizes are no multiples of a block;
+- the reading of "compressed-tensors" settings: those of FP8 weights in blocks are read as "fp8";
 - "moekern", a new name among the implementations of experts: `fused_experts` for FP8 ones, and for bf16, f16 and
   f32 ones moekern's permutation around torch's grouped product.
 """
@@ -25,6 +26,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 import moekern
+from moekern.integrations.compressed_tensors import OURS, SCALE, block_fp8
 from moekern.layout import GroupedLayout
 from moekern.scaled import ScaledTensor
 
@@ -46,6 +48,7 @@ class _Replaced(NamedTuple):
 
     functions: Any  # FineGrainedFP8, or None where nothing was loaded yet
     quantizer: Any
+    compressed_tensors: Any
 
 
 _replaced: _Replaced | None = None
@@ -82,13 +85,16 @@ def install(*, quantize_activations: bool = False, allow_untested: bool = False)
     _check_version(allow_untested)
     from transformers.integrations import finegrained_fp8 as fp8
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
-    _replaced = _Replaced(fp8._FINEGRAINED_FP8, AUTO_QUANTIZER_MAPPING["fp8"])
+    compressed_tensors = AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"]
+    _replaced = _Replaced(fp8._FINEGRAINED_FP8, AUTO_QUANTIZER_MAPPING["fp8"], compressed_tensors)
     fp8._FINEGRAINED_FP8 = fp8.FineGrainedFP8(matmul, batched_matmul, grouped_matmul)
     fp8.ALL_FP8_EXPERTS_FUNCTIONS[NAME] = fp8_experts
     ALL_EXPERTS_FUNCTIONS[NAME] = experts
-    AUTO_QUANTIZER_MAPPING["fp8"] = _quantizer(_replaced.quantizer)
+    read_settings, settings_class = _settings_of_compressed_tensors(compressed_tensors)
+    AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = read_settings
+    AUTO_QUANTIZER_MAPPING["fp8"] = _quantizer(_replaced.quantizer, settings_class)
     return Installation()
 
 
@@ -99,9 +105,10 @@ def uninstall() -> None:
         return
     from transformers.integrations import finegrained_fp8 as fp8
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 
     fp8._FINEGRAINED_FP8 = _replaced.functions
+    AUTO_QUANTIZATION_CONFIG_MAPPING["compressed-tensors"] = _replaced.compressed_tensors
     AUTO_QUANTIZER_MAPPING["fp8"] = _replaced.quantizer
     del fp8.ALL_FP8_EXPERTS_FUNCTIONS[NAME], ALL_EXPERTS_FUNCTIONS[NAME]
     _replaced = None
@@ -336,7 +343,29 @@ def _give_two_grids(module: Module) -> None:
     module.forward = MethodType(fp8_experts, module)
 
 
-def _quantizer(theirs: Any) -> Any:
+def _settings_of_compressed_tensors(theirs: Any) -> tuple[Any, Any]:
+    """What reads the settings in a checkpoint, and the class of those that are FP8 weights in blocks."""
+    from transformers import FineGrainedFP8Config
+
+    class BlockFP8(FineGrainedFP8Config):
+        def __init__(self, settings: dict[str, Any], **parts: Any) -> None:
+            super().__init__(**parts)
+            self.settings = settings
+
+        def to_dict(self) -> dict[str, Any]:
+            return self.settings  # as what is saved has its old names
+
+    class Settings(theirs):
+        @classmethod
+        def from_dict(cls, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            parts = block_fp8(settings)
+            return theirs.from_dict(settings, *args, **kwargs) if parts is None else BlockFP8(settings, **parts)
+
+    return Settings, BlockFP8
+
+
+def _quantizer(theirs: Any, compressed_tensors: Any) -> Any:
+    from transformers.core_model_loading import WeightRenaming
     from transformers.integrations.finegrained_fp8 import FP8Experts, Fp8Quantize
     from transformers.utils.import_utils import is_accelerate_available, is_torch_xpu_available
 
@@ -375,6 +404,12 @@ def _quantizer(theirs: Any) -> Any:
             for module in model.modules():
                 if isinstance(module, FP8Experts) and module.has_gate and _is_fp8(module) and _has_two_grids(module):
                     _give_two_grids(module)
+
+        def update_weight_conversions(self, conversions: list[Any], *model: Any) -> list[Any]:
+            found = super().update_weight_conversions(conversions, *model)
+            if not isinstance(self.quantization_config, compressed_tensors):
+                return found
+            return [WeightRenaming(source_patterns=rf"\{SCALE}", target_patterns=OURS), *found]
 
         def get_quantize_ops(self) -> Any:
             return MoekernQuantize(self)
