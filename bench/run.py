@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import compete
+import engine
 import grouped
 import machine
 import moe
@@ -34,6 +35,7 @@ ROUTING = {"routing": routing.OP_NAMES, **{name: [name] for name in routing.OP_N
 ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
 QUICK_MOE_PEERS, QUICK_GROUPED_PEERS = "torch-loop-bf16", "torch-mm-bf16"
 MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
+MODELS = "qwen3-30b-a3b"
 WIDTH = 118  # of the tables where the output is no terminal
 BUSY = 0.5  # load, before this run adds its own
 
@@ -126,7 +128,7 @@ def main(
     context: typer.Context,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
     op: Annotated[
-        str, typer.Option(help=f"moe, grouped, routing, or ops, or all ops: {', '.join(OP_NAMES)}")
+        str, typer.Option(help=f"moe, grouped, routing, model, or ops, or all ops: {', '.join(OP_NAMES)}")
     ] = "fp8_gemm_nt",
     kernel: Annotated[str | None, typer.Option(help="all kernels whose name has this regular expression")] = None,
     m: Annotated[str | None, typer.Option(help="numbers of rows, separated by commas, instead of the suite's")] = None,
@@ -136,9 +138,10 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
     groups: Annotated[int, typer.Option(min=1, help="of --op grouped: experts")] = grouped.GROUPS,
-    layers: Annotated[str, typer.Option(help=f"of --op moe and routing: {', '.join(LAYERS)}")] = MOE_LAYERS,
+    layers: Annotated[str, typer.Option(help=f"of --op moe, routing and model: {', '.join(LAYERS)}")] = MOE_LAYERS,
     checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
     layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
+    depth: Annotated[int, typer.Option(min=1, help="of --op model: layers of each model")] = 2,
     real: Annotated[bool, typer.Option("--real", help="instead: a real language model with FP8 layers")] = False,
     json: Annotated[Path | None, typer.Option(help="write everything here")] = None,
     plot: Annotated[Path | None, typer.Option(help="draw the roofline here, as PNG")] = None,
@@ -157,7 +160,7 @@ def main(
             chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    named = {"all": OP_NAMES, "moe": [], "grouped": [], **ROUTING}
+    named = {"all": OP_NAMES, "moe": [], "grouped": [], "model": [], **ROUTING}
     ops = named[op] if op in named else _words("--op", op, OP_NAMES)
     kinds = _words("--activations", activations, ["bf16", "fp8"])
     rows = _numbers("--m", m) if m else table.quick_m if quick else table.m
@@ -198,6 +201,14 @@ def main(
         found, notes = grouped.run(console, experts, groups, of_all, kinds, kernel, grouped_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
+    elif op == "model":
+        names = _words("--layers", layers if layers != MOE_LAYERS else MODELS, list(engine.CONFIGS))
+        prompts = _numbers("--m", m) if m else engine.QUICK_PREFILL if quick else engine.PREFILL
+        try:
+            slices, notes = engine.run(console, names, depth, prompts, Effort(1.0, 9) if quick else Effort(4.0, 25))
+        except engine.Missing as reason:
+            raise typer.BadParameter(str(reason), param_hint="--op") from None
+        result["results"] = [found.to_json() for found in slices]
     elif op in ROUTING:
         tokens = _numbers("--m", m) if m else routing.QUICK_TOKENS if quick else routing.TOKENS
         effort = Effort(0.25, 9) if quick else Effort(1.0, 25)

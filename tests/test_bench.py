@@ -350,3 +350,24 @@ def test_limits_do_their_work() -> None:
             with pytest.raises(ValueError, match="as many bytes"):
                 copy(x, out[:1])
     assert ran
+
+
+@pytest.mark.slow
+def test_model_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import engine
+    from compete import Effort
+    from rich.console import Console
+
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 64}
+    monkeypatch.setitem(engine.CONFIGS, "tiny", ("Qwen3MoeConfig", sizes | experts))
+    console = Console(record=True, width=118)
+    with torch.no_grad():
+        results, notes = engine.run(console, ["tiny"], 1, (16,), Effort(0.01, 3))
+    assert [(r.what, r.tokens) for r in results] == [("next token", 1), ("prompt of 16", 16)]
+    assert not notes
+    assert "0.61 of bf16" in console.export_text()  # the embeddings are no layers
+    monkeypatch.setattr(engine, "_difference", lambda ours, theirs: 0.5)
+    results, notes = engine.run(console, ["tiny"], 1, (16,), Effort(0.01, 3))
+    assert not results
+    assert notes[0].startswith("WRONG")
