@@ -86,6 +86,22 @@ def test_linear_layers(folders: dict[str, Path], name: str, quantized: bool) -> 
         check_bound(out.reshape(len(rows), -1), gemm_oracle(moekern.fp8_gemm_nt, a, weight))
 
 
+def test_grouped_linear() -> None:
+    """Groups of columns with a matrix each; no model here has one."""
+    module = fp8.FP8GroupedLinear(200, 3 * 128, n_groups=3, block_size=(128, 128))
+    weights = [moekern.per_block_cast_to_fp8(torch.randn(128, 200)) for _ in range(3)]
+    module.weight = torch.nn.Parameter(torch.cat([w.data for w in weights]), requires_grad=False)
+    module.weight_scale_inv = torch.nn.Parameter(torch.cat([w.scale for w in weights]))
+    x = torch.randn(2, 5, 3, 200)
+    with torch.no_grad(), ours.install():
+        out = module(x)
+    for group, weight in enumerate(weights):
+        check_bound(
+            out[:, :, group].reshape(10, 128),
+            gemm_oracle(moekern.fp8_gemm_nt, x[:, :, group].reshape(10, 200), weight),
+        )
+
+
 def experts_of(tensors: dict[str, torch.Tensor], layer: str) -> ExpertWeights:
     layer = layer.replace(".mlp.experts", ".block_sparse_moe.experts") if _is_mixtral(tensors) else layer
     names = ("w1", "w3", "w2") if _is_mixtral(tensors) else ("gate_proj", "up_proj", "down_proj")
