@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import packages
 import psutil
 import torch
 from compete import WRONG, Effort
@@ -42,14 +42,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # as published, but for the 
     ),
     "deepseek-v3": ("DeepseekV3Config", {"first_k_dense_replace": 0}),
 }
+PACKAGES, INSTALL = ("transformers", "accelerate"), "pip install 'moekern[transformers]'"
 VOCABULARY, CONTEXT = 1024, 64
 PREFILL, QUICK_PREFILL = (64, 512), (64,)
 LARGEST_DIFFERENCE = 0.3  # rms, relative: FP8's own error in every layer, and routing that flips for it
 MEMORY = 0.8  # of what is free, for both models
-
-
-class Missing(Exception):
-    """The packages that run the model are not here."""
 
 
 @dataclass
@@ -72,9 +69,8 @@ class Result:
 def run(
     console: Console, names: list[str], depth: int, prefill: tuple[int, ...], effort: Effort
 ) -> tuple[list[Result], list[str]]:
-    for package in ("transformers", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise Missing(f"--op model needs {package}: pip install 'moekern[transformers]'")
+    if reason := packages.missing("--op model", PACKAGES, INSTALL):
+        raise packages.Missing(reason)
     results: list[Result] = []
     notes: list[str] = []
     for name in names:
@@ -86,11 +82,15 @@ def run(
         with _models(config) as (ours, theirs):
             size = _bytes(ours) / _bytes(theirs)
             console.print(f"\n[bold]{name} · {depth} layers · {_bytes(ours) / 1e9:.2f} GB, {size:.2f} of bf16's")
+            models = ("moekern", ours), ("transformers", theirs)
             difference = _difference(ours, theirs)
             if not difference < LARGEST_DIFFERENCE:
-                notes.append(f"{WRONG} {name}: hidden states are {difference:.2f} off, relative rms")
+                notes.append(f"{WRONG}, not timed: model {name}: hidden states are {difference:.2f} off, relative rms")
                 continue
-            found = [_compare(name, ours, theirs, tokens, effort) for tokens in (0, *prefill)]
+            found = [_compare(name, "next token", 1, [_next_token(*model) for model in models], effort)]
+            for tokens in prefill:
+                prompts = [_prompt(*model, tokens) for model in models]
+                found.append(_compare(name, f"prompt of {tokens}", tokens, prompts, effort))
         table = bare_table()
         for heading in ("", "moekern", "", "tokens/s", "transformers", "", "tokens/s", "ratio"):
             table.add_column(heading, justify="right")
@@ -138,6 +138,7 @@ def _bytes(model: Any) -> int:
 
 
 def _ids(turn: int, tokens: int) -> torch.Tensor:
+    """Other tokens for every turn."""
     return torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(turn))
 
 
@@ -146,20 +147,17 @@ def _difference(ours: Any, theirs: Any) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-def _compare(name: str, ours: Any, theirs: Any, tokens: int, effort: Effort) -> Result:
-    """The time of a prompt, or with `tokens` 0 that of the next token after one of 64; other tokens every time."""
-    kind = _prompt if tokens else _next_token
-    contenders = [kind("moekern", ours, tokens), kind("transformers", theirs, tokens)]
+def _compare(name: str, what: str, tokens: int, contenders: list[Contender], effort: Effort) -> Result:
     found = interleave(contenders, effort.budget, effort.most)
-    what = f"prompt of {tokens}" if tokens else "next token"
-    return Result(name, what, max(tokens, 1), found["moekern"], found["transformers"])
+    return Result(name, what, tokens, found["moekern"], found["transformers"])
 
 
 def _prompt(name: str, model: Any, tokens: int) -> Contender:
     return Contender(name, lambda turn: model(_ids(turn, tokens), use_cache=False))
 
 
-def _next_token(name: str, model: Any, _: int) -> Contender:
+def _next_token(name: str, model: Any) -> Contender:
+    """The token after `CONTEXT` others."""
     cache = model(_ids(0, CONTEXT), use_cache=True).past_key_values
 
     @contextlib.contextmanager

