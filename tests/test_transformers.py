@@ -298,6 +298,10 @@ def test_quantising_while_loading(name: str, scale_fmt: str, tmp_path: Path) -> 
         again = load(tmp_path / "fp8")
         # FP8's own error, and routing that flips for it
         assert difference(logits(model), logits(tiny_models.plain(name).eval())) < 0.5
+    saved = load_file(tmp_path / "fp8" / "model.safetensors")
+    projections = [key for key in original if tiny_models.PROJECTION.search(key)]
+    assert projections == [key for key in saved if tiny_models.PROJECTION.search(key)]
+    assert all(f"{key}_scale_inv" in saved for key in projections)
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, fp8.FP8Linear)]
     assert layers
     for layer, module in layers:

@@ -52,7 +52,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 NAMES = list(_CONFIGS)
 OF_EXPERTS = NAMES[:3]
-_PROJECTION = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
+PROJECTION = re.compile(r"(proj|proj_with_mqa|\.w[123])\.weight$")
 
 
 def config(name: str) -> Any:
@@ -122,7 +122,7 @@ def write(name: str, folder: Path, compressed_tensors: bool = False) -> Path:
     plain(name).save_pretrained(folder)
     tensors: dict[str, torch.Tensor] = {}
     for key, value in load_file(folder / "model.safetensors").items():
-        if not _PROJECTION.search(key):
+        if not PROJECTION.search(key):
             tensors[key] = value
             continue
         tensors[key], scale = moekern.per_block_cast_to_fp8(value)

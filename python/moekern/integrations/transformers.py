@@ -369,7 +369,7 @@ def _settings_of_compressed_tensors(theirs: Any) -> tuple[Any, Any]:
 
 
 def _quantizer(theirs: Any, compressed_tensors: Any) -> Any:
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
     from transformers.integrations.finegrained_fp8 import FP8Experts, Fp8Quantize
     from transformers.utils.import_utils import is_accelerate_available, is_torch_xpu_available
 
@@ -411,9 +411,19 @@ def _quantizer(theirs: Any, compressed_tensors: Any) -> Any:
 
         def update_weight_conversions(self, conversions: list[Any], *model: Any) -> list[Any]:
             found = super().update_weight_conversions(conversions, *model)
+            self.scale_conversions = [
+                c for c in found if isinstance(c, WeightConverter) and c.source_patterns[0].endswith("_scale_inv")
+            ]
             if not isinstance(self.quantization_config, compressed_tensors):
                 return found
             return [WeightRenaming(source_patterns=rf"\{SCALE}", target_patterns=OURS), *found]
+
+        def _process_model_after_weight_loading(self, model: Module, **kwargs: Any) -> Module:
+            model = super()._process_model_after_weight_loading(model, **kwargs)
+            if not self.pre_quantized:
+                # No file had such scales, so that transformers would not take them apart for each expert to save them.
+                model._weight_conversions = [*model._weight_conversions, *self.scale_conversions]
+            return model
 
         def get_quantize_ops(self) -> Any:
             return MoekernQuantize(self)
