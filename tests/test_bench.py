@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -366,7 +367,15 @@ def test_model_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
         results, notes = engine.run(console, ["tiny"], 1, (16,), Effort(0.01, 3))
     assert [(r.what, r.tokens) for r in results] == [("next token", 1), ("prompt of 16", 16)]
     assert not notes
-    assert "0.61 of bf16" in console.export_text()  # the embeddings are no layers
+    text = console.export_text()
+    assert "0.61 of bf16" in text  # the embeddings are no layers
+    assert "8 experts" in text
+    assert re.search(r"to a token: moekern \d\.\d\d GB, transformers \d\.\d\d GB", text)
+    monkeypatch.setattr(engine, "_weights", lambda config: 10 ** (11 if config.num_experts < 8 else 14))
+    assert engine._fit(engine._config("tiny", 1)) is None
+    monkeypatch.setattr(engine, "_weights", lambda config: 1 if config.num_experts < 64 else 10**14)
+    config = engine._config("qwen3-30b-a3b", 1)
+    assert engine._fit(config) == "32 of 128 experts"
     monkeypatch.setattr(engine, "_difference", lambda ours, theirs: 0.5)
     results, notes = engine.run(console, ["tiny"], 1, (16,), Effort(0.01, 3))
     assert not results
