@@ -27,6 +27,9 @@ from moekern.testing.numerics import check_bound, gemm_oracle
 
 pytestmark = pytest.mark.slow
 RELEASE = tuple(int(part) for part in importlib.metadata.version("transformers").split(".")[:2])
+quantizes = pytest.mark.skipif(
+    RELEASE < ours.QUANTIZES, reason="this transformers rounds to FP8 before it knows the scales"
+)
 IDS = torch.arange(12).view(2, 6) * 23 % 512
 FP8 = torch.float8_e4m3fn
 
@@ -168,6 +171,22 @@ def test_experts_that_are_not_fp8(kind: str, dtype: torch.dtype) -> None:
         assert difference(logits(model), expected) < (0.03 if dtype == torch.bfloat16 else 1e-5)
 
 
+@quantizes
+def test_gpt_oss_has_fp8_attention_beside_bf16_experts(tmp_path: Path) -> None:
+    """transformers has no FP8 form of its experts."""
+    sizes = {"hidden_size": 200, "intermediate_size": 96, "vocab_size": 512, "num_hidden_layers": 2, "head_dim": 48}
+    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 6, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(transformers.GptOssConfig(**sizes, **more), dtype=torch.bfloat16).eval()
+    plain.save_pretrained(tmp_path)
+    settings = FineGrainedFP8Config(modules_to_not_convert=["mlp.experts", "mlp.router", "lm_head"])
+    with ours.install():
+        model = load(tmp_path, quantization_config=settings, experts_implementation="moekern")
+        assert model.model.layers[0].self_attn.q_proj.weight.dtype == FP8
+        assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.bfloat16
+        assert difference(logits(model), logits(plain)) < 0.1
+
+
 # ---- models ------------------------------------------------------------------------------------------
 
 
@@ -285,7 +304,7 @@ def test_export(folders: dict[str, Path], name: str) -> None:
             torch.testing.assert_close(exported(ids), model(ids), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(RELEASE < ours.QUANTIZES, reason="this transformers rounds to FP8 before it knows the scales")
+@quantizes
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 @pytest.mark.parametrize("scale_fmt", ["float", "ue8m0"])
 def test_quantising_while_loading(name: str, scale_fmt: str, tmp_path: Path) -> None:
