@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -20,6 +22,16 @@ def run(document: str) -> dict[str, Any]:
 def test_readme():
     names = run("README.md")
     assert names["y"].shape == names["d"].shape == (4, 576)
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    names = run("docs/onnx.md")
+    assert names["report"].rms_error < 1e-5
+    assert set(names["weights"]) == {"up", "down"}
 
 
 def test_engines():
