@@ -16,7 +16,7 @@ from moekern.onnx.weights import EXACT, MODES, Value, Weight
 from moekern.op import NotSupported
 from moekern.scaled import DTYPES
 
-OPSETS = range(21, 27)  # blocks in DequantizeLinear from 21 on; onnxruntime promises no more than 26
+OPSETS = range(21, 24)  # blocks in DequantizeLinear from 21 on; onnxscript writes no more than 23
 INSTALL = "pip install 'moekern[onnx]'"
 
 
@@ -69,7 +69,7 @@ def export(
     mode: how the file holds FP8 weights: "fp8-qdq" and "uint8-lut" keep them bit for bit, "int8-qdq", "fp16" and "bf16"
         round them. Products are float32.
     moe: "dense" computes every expert for every token, with static shapes; "sparse" each for its own tokens.
-    opset: 21 to 26.
+    opset: 21 to 23.
     dynamic_shapes: as torch.export takes it, for instance ({0: torch.export.Dim("tokens")},).
     verify: check the file, run it in onnxruntime and compare its outputs with the model's.
 
@@ -102,7 +102,7 @@ def export(
     assert exported is not None
     onnx_ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=False)(exported.model)
     if mode in EXACT:
-        stored = {name: [_FORMAT[w.data.dtype], *w.block, w.grids] for name, w in translation.weights.items()}
+        stored = {name: [_FORMAT[w.data.dtype], *w.block, w.grids] for name, w in translation.stored.weights.items()}
         exported.model.metadata_props[STORED] = json.dumps(stored)
     path = Path(path)
     exported.save(path, external_data=True)

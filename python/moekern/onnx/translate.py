@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moekern.onnx.experts import Gating, Stack
-from moekern.onnx.weights import BOOL, FLOAT, INT32, INT64, Value, Weight, constant, values
+from moekern.onnx.weights import BOOL, FLOAT, INT32, INT64, Stored, Value, Weight, constant
 from moekern.op import NotSupported
 from moekern.ops.gate import SMALLEST_SUM
 from moekern.scaled import BLOCK, DTYPES
@@ -35,8 +35,8 @@ class Translation:
     """op: the operators of an opset. weight_of: (data, scale, block, grids) of the program -> Weight."""
 
     def __init__(self, op: Any, mode: str, moe: str, weight_of: Callable[..., Weight]) -> None:
-        self.op, self.mode, self.moe, self.weight_of = op, mode, moe, weight_of
-        self.weights: dict[str, Weight] = {}  # those that the graph has, by their names there
+        self.op, self.moe, self.weight_of = op, moe, weight_of
+        self.stored = Stored(op, mode)
 
     def table(self) -> dict[Any, Callable[..., Any]]:
         methods = self.fp8_gemm_nt, self.per_token_cast_to_fp8, self.moe_gate, self.fused_experts
@@ -165,8 +165,7 @@ class Translation:
     # ---- shorthand -----------------------------------------------------------------------------------
 
     def _times(self, rows: Value, weight: Weight) -> Value:
-        self.weights[weight.name] = weight
-        return self.op.MatMul(rows, self.op.Transpose(values(self.op, self.mode, weight, after=rows), perm=[1, 0]))
+        return self.op.MatMul(rows, self.op.Transpose(self.stored.values(weight, after=rows), perm=[1, 0]))
 
     def _plus(self, x: Value, bias: torch.Tensor | None) -> Value:
         return x if bias is None else self.op.Add(x, constant(self.op, bias.float()))

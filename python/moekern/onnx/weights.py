@@ -43,58 +43,70 @@ class Weight(NamedTuple):
         return torch.cat([ScaledTensor(w, s, (self.block[0], self.block[1])).to_float64() for w, s in halves], -2)
 
 
-def constant(op: Any, x: torch.Tensor, name: str | None = None) -> Value:
+def constant(op: Any, x: torch.Tensor) -> Value:
     from onnx_ir.tensor_adapters import TorchTensor
 
-    value = op.Constant(value=TorchTensor(x.detach().contiguous(), name=name))
-    if name is not None:
-        value.name = name
-    return value
+    return op.Constant(value=TorchTensor(x.detach().contiguous()))
 
 
-def values(op: Any, mode: str, weight: Weight, after: Value) -> Value:
-    """Float32 values of a weight. `after`: activations that have to be there first."""
-    if mode in EXACT:
-        return _as_it_is(op, mode, weight, after)
-    exact = weight.exact().float()
-    if mode == "int8-qdq":
-        return _int8(op, weight.name, exact, after)
-    dtype = torch.float16 if mode == "fp16" else torch.bfloat16
-    if (worst := exact.abs().max().item()) > torch.finfo(dtype).max:
-        raise ValueError(f"{weight.name}: a weight of magnitude {worst:.3g} is beyond {mode}; bf16 has float32's range")
-    return op.Cast(constant(op, exact.to(dtype), weight.name), to=FLOAT)
+class Stored:
+    """The weights of one graph."""
+
+    def __init__(self, op: Any, mode: str) -> None:
+        self.op, self.mode = op, mode
+        self.weights: dict[str, Weight] = {}
+        self._named: dict[str, Value] = {}
+
+    def values(self, weight: Weight, after: Value) -> Value:
+        """Float32 values of a weight [N, K]. `after`: activations that have to be there first."""
+        self.weights[weight.name] = weight
+        if self.mode in EXACT:
+            return self._as_it_is(weight, after)
+        exact = weight.exact().float()
+        if self.mode == "int8-qdq":
+            return self._int8(weight.name, exact, after)
+        dtype = torch.float16 if self.mode == "fp16" else torch.bfloat16
+        if (worst := exact.abs().max().item()) > torch.finfo(dtype).max:
+            raise ValueError(
+                f"{weight.name}: a weight of magnitude {worst:.3g} is beyond {self.mode}; bf16 has float32's range"
+            )
+        return self.op.Cast(self._initialiser(weight.name, exact.to(dtype)), to=FLOAT)
+
+    def _initialiser(self, name: str, x: torch.Tensor) -> Value:
+        """One for a name, however often a model uses it."""
+        if name not in self._named:
+            self._named[name] = constant(self.op, x)
+            self._named[name].name = name
+        return self._named[name]
+
+    def _as_it_is(self, weight: Weight, after: Value) -> Value:
+        op, k = self.op, weight.data.shape[1]
+        scale = self._initialiser(f"{weight.name}_scale_inv", weight.scale.float())  # ue8m0 would need opset 24
+        scale = _repeated(op, _late(op, scale, after), weight)
+        width = min(weight.block[1], k)
+        if self.mode == "fp8-qdq":
+            return op.DequantizeLinear(self._initialiser(weight.name, weight.data), scale, axis=1, block_size=width)
+        table = torch.arange(256, dtype=torch.uint8).view(weight.data.dtype).float()
+        bytes_ = self._initialiser(weight.name, weight.data.view(torch.uint8))
+        decoded = op.Gather(constant(op, table), op.Cast(bytes_, to=INT32))
+        return op.Mul(decoded, op.Gather(scale, constant(op, torch.arange(k) // width), axis=1))
+
+    def _int8(self, name: str, exact: torch.Tensor, after: Value) -> Value:
+        k = exact.shape[1]
+        padded = torch.nn.functional.pad(exact, (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
+        scale = padded.abs().amax(-1) / 127
+        steps = padded / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        data = self._initialiser(name, steps.round().to(torch.int8).flatten(-2)[:, :k])
+        late = _late(self.op, self._initialiser(f"{name}_scale_inv", scale), after)
+        return self.op.DequantizeLinear(data, late, axis=1, block_size=min(BLOCK, k))
 
 
-def _as_it_is(op: Any, mode: str, weight: Weight, after: Value) -> Value:
-    data, axis = weight.data, weight.data.ndim - 1
-    rows, k = data.shape[-2:]
-    scale = constant(op, weight.scale.float(), f"{weight.name}_scale_inv")  # ue8m0 would need opset 24
-    scale = _repeated(op, _late(op, scale, after), rows, weight, axis - 1)
-    width = min(weight.block[1], k)
-    if mode == "fp8-qdq":
-        return op.DequantizeLinear(constant(op, data, weight.name), scale, axis=axis, block_size=width)
-    table = torch.arange(256, dtype=torch.uint8).view(data.dtype).float()
-    bytes_ = constant(op, data.view(torch.uint8), weight.name)
-    decoded = op.Gather(constant(op, table), op.Cast(bytes_, to=INT32))
-    return op.Mul(decoded, op.Gather(scale, constant(op, torch.arange(k) // width), axis=axis))
-
-
-def _repeated(op: Any, scale: Value, rows: int, weight: Weight, axis: int) -> Value:
+def _repeated(op: Any, scale: Value, weight: Weight) -> Value:
     """A row of scales for every row of weights."""
-    own = rows // weight.grids
-    blocks = -(-own // weight.block[0])
-    index = torch.cat([torch.arange(own) // weight.block[0] + grid * blocks for grid in range(weight.grids)])
-    return op.Gather(scale, constant(op, index), axis=axis)
-
-
-def _int8(op: Any, name: str, exact: torch.Tensor, after: Value) -> Value:
-    k = exact.shape[-1]
-    padded = torch.nn.functional.pad(exact, (0, -k % BLOCK)).unflatten(-1, (-1, BLOCK))
-    scale = padded.abs().amax(-1) / 127
-    steps = padded / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    data = steps.round().to(torch.int8).flatten(-2)[..., :k]
-    late = _late(op, constant(op, scale, f"{name}_scale_inv"), after)
-    return op.DequantizeLinear(constant(op, data, name), late, axis=exact.ndim - 1, block_size=min(BLOCK, k))
+    rows = weight.data.shape[0] // weight.grids
+    blocks = -(-rows // weight.block[0])
+    index = torch.cat([torch.arange(rows) // weight.block[0] + grid * blocks for grid in range(weight.grids)])
+    return op.Gather(scale, constant(op, index), axis=0)
 
 
 def _late(op: Any, x: Value, after: Value) -> Value:
