@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moekern import ScaledTensor, fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
-from moekern.testing import real_models
+from moekern.integrations import real_models
 
 PAGE = Path(__file__).parent / "page.txt"
 PACKAGES = ("transformers", "gguf", "accelerate", real_models.SMOLLM2)

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer, FineGrainedFP8Config
 from transformers.utils import logging
 
 import moekern.integrations.transformers as moekern_transformers
-from moekern.testing import real_models
+from moekern.integrations import real_models
 
 SENTENCES = [
     "The cat sat on the mat.",

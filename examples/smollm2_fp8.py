@@ -5,8 +5,8 @@
     python examples/smollm2_fp8.py --experts --keep FOLDER
 
 SmolLM2-135M-Instruct comes with that package, nothing is downloaded. --experts makes a mixture of experts of it first:
-8 routed ones, 2 of them for each token, and a shared one (moekern.testing.real_models.upcycle). Quantised by moekern,
-it is saved under DeepSeek-V3's names for FP8 weights and their scales, and read back.
+8 routed ones, 2 of them for each token, and a shared one (`upcycle` of moekern.integrations.real_models). Quantised by
+moekern, it is saved under DeepSeek-V3's names for FP8 weights and their scales, and read back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Conf
 from transformers.utils import logging
 
 import moekern.integrations.transformers as moekern_transformers
-from moekern.testing import real_models
+from moekern.integrations import real_models
 
 PAGE = Path(__file__).parents[1] / "bench" / "page.txt"
 PROMPTS = [

@@ -90,8 +90,7 @@ def test_backends_never_import_each_other() -> None:
 def test_testing_needs_only_torch_and_moekern() -> None:
     for path in sources("python/moekern/testing", ".py"):
         tops = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
-        models = {"transformers"} if path.name == "real_models.py" else set()  # whose models these are
-        assert tops <= {"torch", "moekern"} | models, path
+        assert tops <= {"torch", "moekern"}, path
 
 
 def test_vendor_packages_stay_in_their_backend() -> None:

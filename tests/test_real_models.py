@@ -13,7 +13,7 @@ import torch
 
 import moekern
 from moekern.checkpoint import Checkpoint
-from moekern.testing import real_models
+from moekern.integrations import real_models
 from moekern.testing.expert_numerics import experts_oracle
 from moekern.testing.numerics import check_bound
 

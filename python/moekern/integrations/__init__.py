@@ -1,1 +1,1 @@
-"""Hooks that bring moekern into engines. Each imports its engine when it is installed, not before."""
+"""Hooks that bring moekern into engines, and real models to try them with. Engines are imported at the first use."""
