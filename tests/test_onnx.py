@@ -270,19 +270,13 @@ def test_weights_that_are_inputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_whole_model(tmp_path: Path) -> None:
-    tiny_models = pytest.importorskip("tiny_models")
+    pytest.importorskip("transformers")
+    import tiny_models
+
     import moekern.integrations.transformers as integration
 
-    class Logits(nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=ids, use_cache=False).logits
-
     with integration.install():
-        model = Logits(
+        model = tiny_models.Logits(
             tiny_models.transformers.AutoModelForCausalLM.from_pretrained(
                 tiny_models.write("deepseek-v3", tmp_path / "model"),
                 dtype=torch.float32,

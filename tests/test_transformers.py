@@ -287,17 +287,9 @@ def test_one_graph_for_every_shape(folders: dict[str, Path], name: str) -> None:
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
 def test_export(folders: dict[str, Path], name: str) -> None:
-    class Logits(torch.nn.Module):
-        def __init__(self, model: Any) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.model(ids, use_cache=False).logits
-
     auto = torch.export.Dim.AUTO
     with ours.install(), torch.no_grad():
-        model = Logits(load(folders[name], **fused(name)))
+        model = tiny_models.Logits(load(folders[name], **fused(name)))
         exported = torch.export.export(model, (IDS,), dynamic_shapes=({0: auto, 1: auto},), strict=False).module()
         for rows, columns in ((2, 6), (3, 9), (5, 4)):
             ids = (torch.arange(rows * columns) * 31 % 512).view(rows, columns)

@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moekern.experts import ExpertWeights
 from moekern.onnx.weights import Value, Weight
+from moekern.scaled import ScaledTensor
 
-Projection = tuple[Weight, "torch.Tensor | None"]
+
+class Projection(NamedTuple):
+    weight: Weight
+    bias: torch.Tensor | None
 
 
 class Expert(NamedTuple):
@@ -18,61 +23,43 @@ class Expert(NamedTuple):
     down: Projection
 
 
-class Stack:
-    """The tensors and the layout in which ExpertWeights pass through torch.library (ExpertWeights.from_tensors)."""
+def experts_of(experts: ExpertWeights, names: Sequence[str]) -> list[Expert]:
+    """names: of experts.tensors, those of the program."""
+    sources = _sources(experts, names)
+    found = []
+    for e, ((gate, b_gate), (up, b_up), (down, b_down)) in enumerate(experts.projections()):
+        if experts.up_first:  # in the same matrix
+            size = experts.intermediate_size
+            gate, up = _rows(gate, 0, size), _rows(up, experts.up_first, size)
+        first, last = sources[0][e], sources[-1][e]
+        of_gate, of_up = (f"{first}.gate", f"{first}.up") if len(sources) == 2 else (first, sources[1][e])
+        found.append(
+            Expert(
+                Projection(Weight(of_gate, gate), b_gate),
+                Projection(Weight(of_up, up), b_up),
+                Projection(Weight(last, down), b_down),
+            )
+        )
+    return found
 
-    def __init__(self, weight_of: Callable[..., Weight], tensors: Sequence[Value], layout: Sequence[int]) -> None:
-        rest, flags = iter(tensors), iter(layout)
-        interleaved, b13, b2, parts = (next(flags) for _ in range(4))
-        self._interleaved = bool(interleaved)
-        self._sources: list[list[Weight]] = []
-        for _ in range(parts):
-            count, rows, columns, grids = (next(flags) for _ in range(4))
-            data, scale = ([next(rest) for _ in range(count)] for _ in range(2))
-            found = [weight_of(d, s, (rows, columns), grids) for d, s in zip(data, scale, strict=True)]
-            stacked = found[0].data.ndim == 3
-            self._sources.append([found[0].expert(e) for e in range(len(found[0].data))] if stacked else found)
-        self._biases = [[weight_of(next(rest)).data for _ in range(n)] for n in (b13, b2)]
-        self.count = len(self._sources[0])
-        self.intermediate = self._sources[-1][0].data.shape[1]
 
-    def __getitem__(self, e: int) -> Expert:
-        b13, b2 = (self._bias(biases, e) for biases in self._biases)
-        b_gate, b_up = (None, None) if b13 is None else self._halves(b13)
-        if len(self._sources) == 3:
-            gate, up = self._sources[0][e], self._sources[1][e]
-        else:
-            gate, up = self._split(self._sources[0][e])
-        return Expert((gate, b_gate), (up, b_up), (self._sources[-1][e], b2))
+def _sources(experts: ExpertWeights, names: Sequence[str]) -> list[list[str]]:
+    """A name for every expert of each argument; one of a stack has its number behind the stack's name."""
+    found, rest = [], list(names)
+    for count in experts.layout[4::4]:  # of each argument's matrices, whose scales follow
+        own, rest = rest[:count], rest[2 * count :]
+        stacked = count < experts.num_experts or experts.tensors[names.index(own[0])].dim() == 3
+        found.append([f"{own[0]}.{e}" for e in range(experts.num_experts)] if stacked else own)
+    return found
 
-    def _bias(self, biases: list[torch.Tensor], e: int) -> torch.Tensor | None:
-        if not biases:
-            return None
-        return biases[0][e] if biases[0].ndim == 2 else biases[e]
 
-    def _halves(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._interleaved:
-            return x[0::2], x[1::2]
-        return x[: self.intermediate], x[self.intermediate :]
-
-    def _split(self, w13: Weight) -> tuple[Weight, Weight]:
-        """Gate and up of a matrix that has both. Scales of rows that no grid could hold any more get a row each."""
-        data = self._halves(w13.data)
-        rows, columns = w13.block
-        if w13.grids == 2:
-            scales, rows_of = tuple(w13.scale.chunk(2, 0)), rows
-        elif not self._interleaved and self.intermediate % rows == 0:
-            scales, rows_of = self._cut(w13.scale, self.intermediate // rows), rows
-        else:
-            scales, rows_of = self._halves(w13.scale.repeat_interleave(rows, 0)[: len(w13.data)]), 1
-        return tuple(
-            Weight(f"{w13.name}.{name}", d, s, (rows_of, columns))
-            for name, d, s in zip(("gate", "up"), data, scales, strict=True)
-        )  # type: ignore[return-value]
-
-    @staticmethod
-    def _cut(x: torch.Tensor, at: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return x[:at], x[at:]
+def _rows(x: ScaledTensor, first: int, count: int) -> ScaledTensor:
+    """Some rows of a matrix. Where they begin within a block, each gets a row of scales."""
+    rows, columns = x.block
+    if first % rows == 0 and (count % rows == 0 or first + count == x.shape[0]):
+        return ScaledTensor(x.data[first : first + count], x.scale[first // rows :][: -(-count // rows)], x.block)
+    scale = x.scale.repeat_interleave(rows, 0)[first : first + count]
+    return ScaledTensor(x.data[first : first + count], scale, (1, columns))
 
 
 class Gating(NamedTuple):

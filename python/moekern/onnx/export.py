@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,12 @@ from typing import Any
 import torch
 
 from moekern.onnx.translate import MOE, Translation
-from moekern.onnx.weights import EXACT, MODES, Value, Weight
+from moekern.onnx.weights import EXACT, MODES, Value
 from moekern.op import NotSupported
-from moekern.scaled import DTYPES
 
 OPSETS = range(21, 24)  # blocks in DequantizeLinear from 21 on; onnxscript writes no more than 23
 INSTALL = "pip install 'moekern[onnx]'"
-
-
-STORED = "moekern.weights"  # a file's own: {name: [format, block rows, block columns, grids]}
-_FORMAT = {dtype: name for name, dtype in DTYPES.items()}
+STORED = "moekern.weights"  # a file's own: {name: [format, block rows, block columns]}
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ def export(
         raise ImportError(f"moekern.onnx needs {missing.name}: {INSTALL}") from None
     with torch.no_grad():
         program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    translation = Translation(getattr(onnxscript, f"opset{opset}"), mode, moe, _Tensors(program).weight)
+    translation = Translation(getattr(onnxscript, f"opset{opset}"), mode, moe, _Own(program))
     table = translation.table()
     _refuse_others(program, table)
     try:
@@ -102,7 +97,7 @@ def export(
     assert exported is not None
     onnx_ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=False)(exported.model)
     if mode in EXACT:
-        stored = {name: [_FORMAT[w.data.dtype], *w.block, w.grids] for name, w in translation.stored.weights.items()}
+        stored = {name: [matrix.format, *matrix.block] for name, matrix in translation.stored.matrices.items()}
         exported.model.metadata_props[STORED] = json.dumps(stored)
     path = Path(path)
     exported.save(path, external_data=True)
@@ -121,7 +116,7 @@ def export(
     )
 
 
-class _Tensors:
+class _Own:
     """What a program computes from its parameters, buffers and constants alone, by the names of its graph's nodes."""
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
@@ -135,10 +130,10 @@ class _Tensors:
         self._tensors = {name: known[target] for name, target in self._targets.items()}
         self._nodes = {node.name: node for node in program.graph.nodes}
 
-    def weight(self, data: Value, scale: Value | None = None, block: Sequence[int] = (1, 1), grids: int = 1) -> Weight:
-        node = self._nodes[data.name]
-        scales = self._tensor(node) if scale is None else self._tensor(self._nodes[scale.name])
-        return Weight(self._target(node), self._tensor(node), scales, block, grids)
+    def __call__(self, value: Value) -> tuple[str, torch.Tensor]:
+        node = self._nodes[value.name]
+        tensor = self._tensor(node)
+        return self._name(node, tensor), tensor
 
     def _tensor(self, node: torch.fx.Node) -> torch.Tensor:
         if node.name not in self._tensors:
@@ -150,10 +145,13 @@ class _Tensors:
             self._tensors[node.name] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
         return self._tensors[node.name]
 
-    def _target(self, node: torch.fx.Node) -> str:
-        while node.name not in self._targets:
-            node = node.all_input_nodes[0]
-        return self._targets[node.name]
+    def _name(self, node: torch.fx.Node, tensor: torch.Tensor) -> str:
+        """That of the model's own tensor; a part of one, or what is computed from it, has its node's behind it."""
+        source = node
+        while source.name not in self._targets:
+            source = source.all_input_nodes[0]
+        target = self._targets[source.name]
+        return target if tensor.is_set_to(self._tensor(source)) else f"{target}.{node.name}"
 
 
 def _refuse_others(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> None:

@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 
 from moekern.onnx.export import INSTALL, STORED
-from moekern.onnx.weights import Weight
-from moekern.scaled import DTYPES
+from moekern.scaled import DTYPES, ScaledTensor
 
 
-def load_weights(path: str | Path) -> dict[str, Weight]:
+def load_weights(path: str | Path) -> dict[str, ScaledTensor]:
     """The FP8 weights of a file that `export` wrote as "fp8-qdq" or "uint8-lut", bit for bit, by their names in it.
 
     A name is that of the model's parameter; an expert of a stack has its number behind it, and where gate and up are
@@ -37,7 +36,7 @@ def load_weights(path: str | Path) -> dict[str, Weight]:
         return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
 
     found = {}
-    for name, (form, rows, columns, grids) in stored.items():
-        data = torch.from_numpy(numpy_helper.to_array(tensors[name]).copy().view("uint8")).view(DTYPES[form])
-        found[name] = Weight(name, data, read(f"{name}_scale_inv"), (rows, columns), grids)
+    for name, (format, *block) in stored.items():
+        data = torch.from_numpy(numpy_helper.to_array(tensors[name]).copy().view("uint8")).view(DTYPES[format])
+        found[name] = ScaledTensor(data, read(f"{name}_scale_inv"), tuple(block))
     return found

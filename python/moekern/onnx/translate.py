@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from moekern.onnx.experts import Gating, Stack
+from moekern.experts import ExpertWeights
+from moekern.onnx.experts import Expert, Gating, experts_of
 from moekern.onnx.weights import BOOL, FLOAT, INT32, INT64, Stored, Value, Weight, constant
 from moekern.op import NotSupported
 from moekern.ops.gate import SMALLEST_SUM
-from moekern.scaled import BLOCK, DTYPES
+from moekern.ops.quantize import SMALLEST_AMAX
+from moekern.scaled import BLOCK, MAX, ScaledTensor
 
-SMALLEST_AMAX = 1e-4  # casts divide by a block's largest magnitude, or by this
-E4M3FN, E4M3FNUZ, E5M2 = 17, 18, 19  # ONNX's numbers for types
-FP8 = {torch.float8_e4m3fn: E4M3FN, torch.float8_e4m3fnuz: E4M3FNUZ, torch.float8_e5m2: E5M2}
+BF16, FP8 = 16, {"e4m3fn": 17, "e4m3fnuz": 18, "e5m2": 19}  # ONNX's numbers for types
 MOE = ("dense", "sparse")
 
 
@@ -32,10 +32,10 @@ def _function(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Translation:
-    """op: the operators of an opset. weight_of: (data, scale, block, grids) of the program -> Weight."""
+    """op: the operators of an opset. own: a value of the program -> its name and tensor, which depend on no input."""
 
-    def __init__(self, op: Any, mode: str, moe: str, weight_of: Callable[..., Weight]) -> None:
-        self.op, self.moe, self.weight_of = op, moe, weight_of
+    def __init__(self, op: Any, mode: str, moe: str, own: Callable[[Value], tuple[str, torch.Tensor]]) -> None:
+        self.op, self.moe, self.own = op, moe, own
         self.stored = Stored(op, mode)
 
     def table(self) -> dict[Any, Callable[..., Any]]:
@@ -46,19 +46,20 @@ class Translation:
 
     def fp8_gemm_nt(self, a, sa, block_a, b, sb, block_b, c, bias, out_dtype=None):  # type: ignore[no-untyped-def]
         left = self._float(a) if sa is None else self._dequantized(a, sa, int(a.shape[1]), block_a)
-        sums = self._times(left, self.weight_of(b, sb, block_b))
+        (name, data), (_, scale) = self.own(b), self.own(sb)
+        sums = self._times(left, Weight(name, ScaledTensor(data, scale, tuple(block_b))))
         for term in (bias, c):
             if term is not None:
                 sums = self.op.Add(sums, self._float(term))
         return self._as(out_dtype, sums, a, sa)
 
     def per_token_cast_to_fp8(self, x, format, round_scale_up):  # type: ignore[no-untyped-def]
-        return self._cast(self._float(x), int(x.shape[1]), DTYPES[format], round_scale_up)
+        return self._cast(self._float(x), int(x.shape[1]), format, round_scale_up)
 
-    def _cast(self, x: Value, k: int, dtype: torch.dtype, round_scale_up: bool = False) -> tuple[Value, Value]:
+    def _cast(self, x: Value, k: int, format: str = "e4m3fn", round_scale_up: bool = False) -> tuple[Value, Value]:
         """x [T, k] in 1x128 FP8, and its scales: max(amax, 1e-4) / max, q = rne(clamp(x (1 / scale)))."""
         op, blocks = self.op, -(-k // BLOCK)
-        largest = torch.finfo(dtype).max
+        largest = MAX[format]
         wide = op.Reshape(op.Pad(x, self._ints(0, 0, 0, -k % BLOCK)), self._ints(-1, blocks, BLOCK))
         amax = op.Max(op.ReduceMax(op.Abs(wide), self._ints(-1), keepdims=1), self._number(SMALLEST_AMAX))
         scale = op.Div(amax, self._number(largest))
@@ -69,7 +70,7 @@ class Translation:
         scaled = op.Clip(op.Mul(wide, op.Reciprocal(scale)), self._number(-largest), self._number(largest))
         rows = op.Reshape(scaled, self._ints(-1, blocks * BLOCK))
         rows = op.Slice(rows, self._ints(0), self._ints(k), self._ints(1))
-        return op.Cast(rows, to=FP8[dtype]), op.Squeeze(scale, self._ints(2))
+        return op.Cast(rows, to=FP8[format]), op.Squeeze(scale, self._ints(2))
 
     def _dequantized(self, data: Value, scale: Value, k: int, block: Sequence[int] = (1, BLOCK)) -> Value:
         """The values of FP8 activations [T, k]."""
@@ -119,48 +120,51 @@ class Translation:
         hidden = int(x.shape[1])
         rows = self._float(x) if sx is None else self._dequantized(x, sx, hidden, block_x)
         if quantize_activations and sx is None:
-            rows = self._dequantized(*self._cast(rows, hidden, torch.float8_e4m3fn), hidden)
+            rows = self._dequantized(*self._cast(rows, hidden), hidden)
         if expert_map is not None:
             # -1 reads the map's last element, which Where then leaves out
             local = op.Cast(op.Gather(expert_map, op.Cast(ids, to=INT64)), to=INT64)
             minus_one = constant(op, torch.tensor(-1))
             ids = op.Where(op.Less(op.Cast(ids, to=INT64), constant(op, torch.tensor(0))), minus_one, local)
-        stack = Stack(self.weight_of, experts, layout)
-        total = self._experts(rows, stack, gating, self._factors(ids, stack.count, weights), ids)
-        if shared:
-            every = Stack(self.weight_of, shared, shared_layout)
-            for e in range(every.count):
-                total = op.Add(total, self._expert(rows, every, e, gating))
+        routed = self._described(experts, layout)
+        total = self._routed(rows, routed, gating, self._factors(ids, len(routed), weights), ids)
+        for expert in self._described(shared, shared_layout) if shared else ():
+            total = op.Add(total, self._expert(rows, expert, gating))
         return self._as(out_dtype, total, x, sx)
 
-    def _experts(self, rows: Value, stack: Stack, gating: Gating, factors: Value, ids: Value) -> Value:
+    def _described(self, tensors: Sequence[Value], layout: Sequence[int]) -> list[Expert]:
+        names, own = zip(*map(self.own, tensors), strict=True)
+        return experts_of(ExpertWeights.from_tensors(own, layout), names)
+
+    def _routed(self, rows: Value, experts: list[Expert], gating: Gating, factors: Value, ids: Value) -> Value:
         """dense: each expert for every token, static shapes, experts / topk times the work. sparse: for its own."""
         op = self.op
         total = op.Expand(self._number(0.0), op.Shape(rows))
-        for e in range(stack.count):
+        for e, expert in enumerate(experts):
             index = constant(op, torch.tensor(e))
             factor = op.Gather(factors, constant(op, torch.tensor([e])), axis=1)  # [T, 1]
             chosen = op.Equal(op.Cast(ids, to=INT64), index)
             chosen = op.ReduceMax(op.Cast(chosen, to=INT32), self._ints(1), keepdims=1)
             if self.moe == "dense":
-                y = op.Mul(self._expert(rows, stack, e, gating), factor)
+                y = op.Mul(self._expert(rows, expert, gating), factor)
                 # an infinity of an expert that a token does not go to must not reach it
                 total = op.Add(total, op.Where(op.Cast(chosen, to=BOOL), y, self._number(0.0)))
             else:
                 tokens = op.Transpose(op.NonZero(op.Squeeze(chosen, self._ints(1))), perm=[1, 0])  # [n, 1]
-                y = self._expert(op.GatherND(rows, tokens), stack, e, gating)
+                y = self._expert(op.GatherND(rows, tokens), expert, gating)
                 total = op.ScatterND(total, tokens, op.Mul(y, op.GatherND(factor, tokens)), reduction="add")
         return total
 
-    def _expert(self, rows: Value, stack: Stack, e: int, gating: Gating) -> Value:
-        op, expert = self.op, stack[e]
+    def _expert(self, rows: Value, expert: Expert, gating: Gating) -> Value:
+        op = self.op
         g, u = (self._plus(self._times(rows, w), b) for w, b in (expert.gate, expert.up))
         h = gating.apply(op, g, u, self._number)
         if gating.quantise:
-            h = self._dequantized(*self._cast(h, stack.intermediate, torch.float8_e4m3fn), stack.intermediate)
+            intermediate = expert.down.weight.matrix.shape[1]
+            h = self._dequantized(*self._cast(h, intermediate), intermediate)
         elif gating.dtype != FLOAT:
             h = op.Cast(op.Cast(h, to=gating.dtype), to=FLOAT)
-        return self._plus(self._times(h, expert.down[0]), expert.down[1])
+        return self._plus(self._times(h, expert.down.weight), expert.down.bias)
 
     # ---- shorthand -----------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class Translation:
 
     def _as(self, dtype: Any, result: Value, a: Value, sa: Value | None) -> Value:
         """In out_dtype, or what it is by default: that of float activations, else bfloat16."""
-        return self.op.Cast(result, to=dtype if dtype is not None else 16 if sa is not None else a.dtype)
+        return self.op.Cast(result, to=dtype if dtype is not None else BF16 if sa is not None else a.dtype)
 
     def _float(self, x: Value) -> Value:
         return self.op.Cast(x, to=FLOAT)
