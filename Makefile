@@ -31,7 +31,7 @@ $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 
 # An editable install finds Python files where they lie; native ones have to be built again.
 $(VENV)/installed: $(VENV)/requirements $(native)
-	$(python) -m pip install -q --no-build-isolation -e '.[test,bench,real,onnx]'
+	$(python) -m pip install -q --no-build-isolation -e '.[test,bench,real,onnx,openvino]'
 	touch $@
 
 lint: $(VENV)/requirements types

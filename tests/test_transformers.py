@@ -22,6 +22,7 @@ import moekern
 import moekern.integrations.transformers as ours
 from moekern import ExpertWeights, ScaledTensor
 from moekern.integrations.compressed_tensors import block_fp8
+from moekern.onnx.checkpoint import Logits
 from moekern.testing.expert_numerics import experts_oracle
 from moekern.testing.numerics import check_bound, gemm_oracle
 
@@ -289,7 +290,7 @@ def test_one_graph_for_every_shape(folders: dict[str, Path], name: str) -> None:
 def test_export(folders: dict[str, Path], name: str) -> None:
     auto = torch.export.Dim.AUTO
     with ours.install(), torch.no_grad():
-        model = tiny_models.Logits(load(folders[name], **fused(name)))
+        model = Logits(load(folders[name], **fused(name)))
         exported = torch.export.export(model, (IDS,), dynamic_shapes=({0: auto, 1: auto},), strict=False).module()
         for rows, columns in ((2, 6), (3, 9), (5, 4)):
             ids = (torch.arange(rows * columns) * 31 % 512).view(rows, columns)

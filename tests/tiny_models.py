@@ -78,17 +78,6 @@ def dequantized(name: str, folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(plain_folder, dtype=torch.bfloat16).eval()
 
 
-class Logits(torch.nn.Module):
-    """A model as exporters want it: a tensor in, a tensor out."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(ids, use_cache=False).logits
-
-
 _DEEPSEEK = {
     "quant_method": "fp8",
     "fmt": "e4m3",

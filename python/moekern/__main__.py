@@ -1,4 +1,4 @@
-"""`python -m moekern info [--json]` and `python -m moekern selftest`.
+"""`python -m moekern info [--json]`, `python -m moekern selftest` and `python -m moekern export`.
 
 `info` has to work where the package does not: nothing here or in info.py imports more than the
 standard library before it is needed.
@@ -18,7 +18,10 @@ def main(arguments: list[str] | None = None) -> int:
     show = commands.add_parser("info", help="what is installed, what can run, and why the rest cannot")
     show.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("selftest", help="run every kernel that can run here on a small problem and check its bits")
-    options = parser.parse_args(arguments)
+    commands.add_parser("export", help="write an FP8 checkpoint of transformers' as ONNX", add_help=False)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "export":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         report = info.collect()
         print(info.as_json(report) if options.json else info.as_text(report))
@@ -27,9 +30,25 @@ def main(arguments: list[str] | None = None) -> int:
     if broken is not None:
         print(f"moekern cannot be imported: {broken}\n`python -m moekern info` tells more.", file=sys.stderr)
         return 1
+    if options.command == "export":
+        return _export(rest)
     from moekern.testing import selftest
 
     return selftest.main()
+
+
+def _export(arguments: list[str]) -> int:
+    from moekern.onnx import checkpoint
+    from moekern.op import NotSupported
+
+    parser = argparse.ArgumentParser(prog="moekern export", description="Write an FP8 checkpoint as ONNX.")
+    checkpoint.add_arguments(parser)
+    try:
+        print(checkpoint.run(parser.parse_args(arguments)))
+    except (ImportError, NotSupported, OSError, RuntimeError, ValueError) as failure:
+        print(failure, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

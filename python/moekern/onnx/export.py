@@ -4,45 +4,28 @@ from __future__ import annotations
 
 import collections
 import json
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moekern.onnx.translate import MOE, Translation
-from moekern.onnx.weights import EXACT, MODES, Value
+from moekern.onnx import runtimes
+from moekern.onnx.forms import FORMS
+from moekern.onnx.graph import OLDEST_WRITTEN, Graph
+from moekern.onnx.lower import fold_constants, lower
+from moekern.onnx.program import Program, traced
+from moekern.onnx.report import ExportReport
+from moekern.onnx.targets import TARGETS, Target, check
+from moekern.onnx.translate import Translation
+from moekern.onnx.verify import Difference, Probes, difference, peak_memory
+from moekern.onnx.weights import BLOCKS_SINCE, EXACT, MODES, Stored
 from moekern.op import NotSupported
 
-OPSETS = range(21, 24)  # blocks in DequantizeLinear from 21 on; onnxscript writes no more than 23
-INSTALL = "pip install 'moekern[onnx]'"
-STORED = "moekern.weights"  # a file's own: {name: [format, block rows, block columns]}
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and how its outputs differ from the model's on the example inputs."""
-
-    path: Path
-    mode: str
-    moe: str
-    opset: int
-    nodes: dict[str, int]  # how many of each operator
-    bytes: int  # of the file and its external data
-    rms_error: float | None  # relative, over all outputs; None: not verified
-    max_error: float | None  # relative to the largest magnitude
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {self.mode}, experts {self.moe}, opset {self.opset}, {self.bytes / 1e6:.2f} MB, "
-            f"{sum(self.nodes.values())} nodes",
-            "  " + ", ".join(f"{count} {name}" for name, count in sorted(self.nodes.items())),
-        ]
-        if self.rms_error is None:
-            lines.append("  not verified")
-        else:
-            lines.append(f"  in onnxruntime: {self.rms_error:.1e} rms, {self.max_error:.1e} at most")
-        return "\n".join(lines)
+OPSETS = range(17, 24)  # onnxscript writes no more than 23
+ACTIVATIONS = ("float", "fp8")
+STORED = "moekern.weights"  # a file's own: {name: [format, block rows, block columns, tensor, index or None]}
+_SMALL = 4_000_000  # bytes of a file that onnx.reference runs too
 
 
 def export(
@@ -50,145 +33,201 @@ def export(
     example_inputs: tuple[torch.Tensor, ...],
     path: str | Path,
     *,
-    mode: str = "fp8-qdq",
-    moe: str = "dense",
-    opset: int = 21,
+    target: str | None = None,
+    mode: str | None = None,
+    moe: str | None = None,
+    activations: str = "float",
+    opset: int | None = None,
     dynamic_shapes: Any = None,
     verify: bool = True,
 ) -> ExportReport:
     """Write a model that calls moekern's ops as ONNX of standard operators.
 
-    model: its calls of fp8_gemm_nt, per_token_cast_to_fp8, moe_gate and fused_experts are translated; everything else
-        is torch.onnx's.
+    model: its calls of moekern's ops are translated; everything else is torch.onnx's.
     example_inputs: tensors, by position.
-    mode: how the file holds FP8 weights: "fp8-qdq" and "uint8-lut" keep them bit for bit, "int8-qdq", "fp16" and "bf16"
-        round them. Products are float32.
-    moe: "dense" computes every expert for every token, with static shapes; "sparse" each for its own tokens.
-    opset: 21 to 23.
+    target: the runtime that the file is for, "ort-cpu", "ort-cuda", "ascend", "migraphx", "openvino" or "qnn": chooses
+        mode, moe and opset where they are None, refuses what the runtime cannot take, and checks every operator and
+        type of the result against its list. None: any runtime of the opset.
+    mode: how the file holds FP8 weights: "fp8-qdq" (default) and "uint8-lut" keep them bit for bit; "int8-qdq",
+        "fp16", "bf16" and "ort-contrib" round them. Products are float32, in "fp16" float16: export a model in float16.
+    moe: "dense" (default) computes every expert for every token, with static shapes; "sparse" each for its own tokens;
+        "loop" the same in a Loop over stacked weights; "contrib" is one com.microsoft operator.
+    activations: "fp8" casts those of every product to FP8 first (W8A8), also where the model does not.
+    opset: 17 to 23; default 21, or 17 for "fp16".
     dynamic_shapes: as torch.export takes it, for instance ({0: torch.export.Dim("tokens")},).
-    verify: check the file, run it in onnxruntime and compare its outputs with the model's.
+    verify: check the file, run it in onnxruntime, and in onnx's reference evaluator if it is small (and in OpenVINO if
+        that is the target and installed), and compare its outputs with the model's, and every call of an op of
+        moekern's with the op's float64 reference.
 
-    Weights lie beside the file, in `path` with ".data" appended. Raises ValueError for a wrong option, NotSupported for
-    an operator without translation, naming the module that calls it, ImportError for a missing package.
+    Weights lie beside the file, in `path` with ".data" appended, written one after another. Raises ValueError for a
+    wrong option or an onnxruntime that cannot load the file, NotSupported, naming the module, for what has no
+    translation or the target does not take, RuntimeError where onnxruntime chose other experts, ImportError for a
+    missing package.
     """
-    for name, value, allowed in (("mode", mode, MODES), ("moe", moe, MOE), ("opset", opset, OPSETS)):
-        if value not in allowed:
-            raise ValueError(f"export: {name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+    for_target = None if target is None else TARGETS.get(target)
+    if target is not None and for_target is None:
+        raise ValueError(f"export: target is {target!r}; it must be one of {', '.join(TARGETS)}")
+    mode = mode or (for_target.mode if for_target else "fp8-qdq")
+    moe = moe or (for_target.moe if for_target else "contrib" if mode == "ort-contrib" else "dense")
+    opset = opset or (for_target.opset if for_target and mode == for_target.mode else _default_opset(mode))
+    _check_options(for_target, mode, moe, activations, opset, dynamic_shapes)
     try:
         import onnx
-        import onnx_ir
-        import onnxscript
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401
     except ImportError as missing:
-        raise ImportError(f"moekern.onnx needs {missing.name}: {INSTALL}") from None
-    with torch.no_grad():
-        program = torch.export.export(model, example_inputs, dynamic_shapes=dynamic_shapes)
-    translation = Translation(getattr(onnxscript, f"opset{opset}"), mode, moe, _Own(program))
+        raise ImportError(f"moekern.onnx needs {missing.name}: {runtimes.INSTALL}") from None
+    program = Program(traced(model, example_inputs, dynamic_shapes))
+    stored = Stored(Graph(opset), mode)
+    translation = Translation(program, stored.graph, stored, moe, activations == "fp8")
     table = translation.table()
-    _refuse_others(program, table)
-    try:
-        exported = torch.onnx.export(
-            program, (), dynamo=True, custom_translation_table=table, opset_version=opset, verbose=False
+    program.refuse_others(table)
+    written = _translated(program, table, max(opset, OLDEST_WRITTEN))
+    probes = _optimised(written.model, translation)
+    if opset < OLDEST_WRITTEN:
+        lower(written.model, opset)
+    if for_target is not None:
+        if for_target.folded:
+            fold_constants(written.model)
+        check(written.model, for_target)
+    if mode in EXACT:
+        written.model.metadata_props[STORED] = json.dumps(_names(stored))
+    domains = [onnx.helper.make_opsetid(*pair) for pair in written.model.opset_imports.items() if not pair[0]]
+    written.model.ir_version = onnx.helper.find_min_ir_version_for(domains)
+    path = Path(path)
+    ir.passes.common.NameFixPass()(written.model)
+    written.save(path, external_data=True)
+    data = path.with_name(f"{path.name}.data")
+    size = path.stat().st_size + (data.stat().st_size if data.exists() else 0)
+    nodes = collections.Counter(node.op_type for node in ir.traversal.RecursiveGraphIterator(written.model.graph))
+    found: dict[str, Difference] = {}
+    layers, peak = [], None
+    if verify:
+        standard = not any(written.model.opset_imports.keys() - {""})
+        feeds = {slot.name: x for slot, x in zip(written.model.graph.inputs, example_inputs, strict=True)}
+        found, peak = _verified(model, example_inputs, path, feeds, for_target, size <= _SMALL and standard)
+        layers = probes.layers(path, feeds, program.modules(table), activations == "fp8")
+    return ExportReport(
+        path=path,
+        target=target,
+        why=for_target.why if for_target else "",
+        mode=mode,
+        moe=moe,
+        activations=activations,
+        opset=opset,
+        ir=written.model.ir_version,
+        nodes=dict(nodes),
+        bytes=size,
+        runtimes=found,
+        layers=layers,
+        peak_memory=peak,
+    )
+
+
+def _default_opset(mode: str) -> int:
+    return 17 if mode == "fp16" else BLOCKS_SINCE
+
+
+def _check_options(
+    target: Target | None, mode: str, moe: str, activations: str, opset: int, dynamic_shapes: Any
+) -> None:
+    for name, value, allowed in (
+        ("mode", mode, MODES),
+        ("moe", moe, FORMS),
+        ("activations", activations, ACTIVATIONS),
+        ("opset", opset, OPSETS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"export: {name} is {value!r}; it must be one of {', '.join(map(str, allowed))}")
+    if target is not None:
+        target.refuse(mode, moe, opset, dynamic_shapes is not None)
+    if opset < BLOCKS_SINCE and (mode in ("fp8-qdq", "int8-qdq") or activations == "fp8"):
+        what = f"mode {mode}" if mode in ("fp8-qdq", "int8-qdq") else 'activations="fp8"'
+        raise ValueError(f"export: opset is {opset}; {what} needs {BLOCKS_SINCE}, where DequantizeLinear got blocks")
+    if moe == "loop" and mode in ("fp8-qdq", "ort-contrib"):
+        reason = (
+            "no operator takes a part of an FP8 tensor" if mode == "fp8-qdq" else "MatMulNBits' weights are constant"
         )
+        raise ValueError(
+            f'export: moe="loop" with mode {mode}: {reason}; mode="uint8-lut" keeps the FP8 bytes in a Loop'
+        )
+    if moe == "contrib" and mode not in ("ort-contrib", "fp16"):
+        raise ValueError(f'export: moe="contrib" takes mode="ort-contrib" (QMoE) or "fp16" (MoE), not {mode!r}')
+
+
+def _translated(program: Program, table: dict[Any, Any], opset: int) -> Any:
+    torchs = logging.getLogger("torch.onnx")  # warns of packages that it does without
+    level = torchs.level
+    torchs.setLevel(logging.ERROR)
+    try:
+        written = torch.onnx.export(
+            program.exported, (), dynamo=True, custom_translation_table=table, opset_version=opset, verbose=False,
+            optimize=False,
+        )  # fmt: skip
     except torch.onnx.errors.OnnxExporterError as failure:
         reason: BaseException | None = failure
         while reason is not None and not isinstance(reason, (NotSupported, ValueError)):
             reason = reason.__cause__
-        raise reason or failure from None
-    assert exported is not None
-    onnx_ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=False)(exported.model)
-    if mode in EXACT:
-        stored = {name: [matrix.format, *matrix.block] for name, matrix in translation.stored.matrices.items()}
-        exported.model.metadata_props[STORED] = json.dumps(stored)
-    path = Path(path)
-    exported.save(path, external_data=True)
-    graph = onnx.load(path, load_external_data=False).graph
-    data = path.with_name(f"{path.name}.data")
-    rms, largest = _verify(model, example_inputs, path) if verify else (None, None)
-    return ExportReport(
-        path,
-        mode,
-        moe,
-        opset,
-        dict(collections.Counter(node.op_type for node in graph.node)),
-        path.stat().st_size + (data.stat().st_size if data.exists() else 0),
-        rms,
-        largest,
-    )
+        raise reason or NotSupported(f"ONNX export: {program.untranslated(failure)}") from failure
+    finally:
+        torchs.setLevel(level)
+    assert written is not None
+    return written
 
 
-class _Own:
-    """What a program computes from its parameters, buffers and constants alone, by the names of its graph's nodes."""
+def _optimised(model: Any, translation: Translation) -> Probes:
+    """In place, with the weights as initialisers that it leaves alone."""
+    import onnx_ir as ir
+    import onnxscript
 
-    def __init__(self, program: torch.export.ExportedProgram) -> None:
-        signature = program.graph_signature
-        known = {**program.state_dict, **program.constants}
-        self._targets = {
-            **signature.inputs_to_parameters,
-            **signature.inputs_to_buffers,
-            **signature.inputs_to_lifted_tensor_constants,
-        }
-        self._tensors = {name: known[target] for name, target in self._targets.items()}
-        self._nodes = {node.name: node for node in program.graph.nodes}
+    weights = translation.graph.initialisers
+    ir.passes.common.RemoveUnusedNodesPass()(model)  # with parameters that only were operands of moekern's ops
+    for name in weights.keys() & model.graph.initializers.keys():
+        model.graph.initializers[name].name = f"{name}.plain"
+    for value in weights.values():
+        model.graph.initializers.add(value)
+    for node in ir.traversal.RecursiveGraphIterator(model.graph):
+        model.opset_imports.setdefault(node.domain, 1)
+    probes = Probes(model, translation.calls)
 
-    def __call__(self, value: Value) -> tuple[str, torch.Tensor]:
-        node = self._nodes[value.name]
-        tensor = self._tensor(node)
-        return self._name(node, tensor), tensor
+    def should_fold(node: Any) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
-    def _tensor(self, node: torch.fx.Node) -> torch.Tensor:
-        if node.name not in self._tensors:
-            if node.op != "call_function":
-                raise NotSupported(
-                    f"ONNX export: FP8 weights depend on the input {node.name}; they must be the model's own"
-                )
-            arguments = torch.fx.node.map_arg((node.args, node.kwargs), self._tensor)
-            self._tensors[node.name] = node.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-        return self._tensors[node.name]
-
-    def _name(self, node: torch.fx.Node, tensor: torch.Tensor) -> str:
-        """That of the model's own tensor; a part of one, or what is computed from it, has its node's behind it."""
-        source = node
-        while source.name not in self._targets:
-            source = source.all_input_nodes[0]
-        target = self._targets[source.name]
-        return target if tensor.is_set_to(self._tensor(source)) else f"{target}.{node.name}"
+    onnxscript.optimizer.optimize_ir(model, should_fold=should_fold)
+    probes.settle()
+    ir.passes.common.IdentityEliminationPass()(model)
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+    return probes
 
 
-def _refuse_others(program: torch.export.ExportedProgram, table: dict[Any, Any]) -> None:
-    for node in program.graph.nodes:
-        if (
-            node.op == "call_function"
-            and getattr(node.target, "namespace", "") == "moekern"
-            and node.target not in table
-        ):
-            modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-            known = ", ".join(sorted(each.name().split("::")[1] for each in table))
-            raise NotSupported(
-                f"ONNX export: {modules[-1] if modules else 'the model'} calls {node.target.name()}, which has no "
-                f"translation; these have: {known}"
-            )
+def _names(stored: Stored) -> dict[str, list[Any]]:
+    return {
+        name: [matrix.format, *matrix.block, weight.name, index if weight.stacked else None]
+        for weight in stored.weights.values()
+        for index, (name, matrix) in enumerate(zip(weight.names, weight.matrices, strict=True))
+    }
 
 
-def _verify(model: torch.nn.Module, inputs: tuple[torch.Tensor, ...], path: Path) -> tuple[float, float]:
+def _verified(
+    model: torch.nn.Module,
+    example_inputs: tuple[torch.Tensor, ...],
+    path: Path,
+    feeds: dict[str, torch.Tensor],
+    target: Target | None,
+    small: bool,
+) -> tuple[dict[str, Difference], int | None]:
+    import importlib.util
+
     import onnx
 
-    try:
-        import onnxruntime
-    except ImportError:
-        raise ImportError(f"export: verify=True needs onnxruntime: {INSTALL}; verify=False goes without") from None
     onnx.checker.check_model(path, full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    feeds = {slot.name: x.numpy() for slot, x in zip(session.get_inputs(), inputs, strict=True)}
     with torch.no_grad():
-        expected = model(*inputs)
+        expected = model(*example_inputs)
     expected = [expected] if isinstance(expected, torch.Tensor) else list(expected)
-    square = error = largest = worst = 0.0
-    for ours, theirs in zip(expected, session.run(None, feeds), strict=True):
-        exact, got = ours.double(), torch.from_numpy(theirs).double()
-        square += exact.square().sum().item()
-        error += (exact - got).square().sum().item()
-        largest = max(largest, exact.abs().max().item())
-        worst = max(worst, (exact - got).abs().max().item())
-    return (error / square) ** 0.5, worst / largest
+    results, peak = peak_memory(lambda: runtimes.onnxruntime(path, feeds))
+    found = {"onnxruntime": difference(expected, results)}
+    if small:
+        found["onnx.reference"] = difference(expected, runtimes.reference(path, feeds))
+    if target is not None and target.name == "openvino" and importlib.util.find_spec("openvino"):
+        found["OpenVINO"] = difference(expected, runtimes.openvino(path, feeds))
+    return found, peak

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from moekern.onnx.export import INSTALL, STORED
+from moekern.onnx.export import STORED
+from moekern.onnx.runtimes import INSTALL
 from moekern.scaled import DTYPES, ScaledTensor
 
 
@@ -31,12 +32,12 @@ def load_weights(path: str | Path) -> dict[str, ScaledTensor]:
             f"load_weights: {path} keeps no FP8 weights: moekern.onnx did not write it, or in another mode"
         )
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-
-    def read(name: str) -> torch.Tensor:
-        return torch.from_numpy(numpy_helper.to_array(tensors[name]).copy())
-
     found = {}
-    for name, (format, *block) in stored.items():
-        data = torch.from_numpy(numpy_helper.to_array(tensors[name]).copy().view("uint8")).view(DTYPES[format])
-        found[name] = ScaledTensor(data, read(f"{name}_scale_inv"), tuple(block))
+    for name, (format, rows, columns, tensor, index) in stored.items():
+        part = slice(None) if index is None else index
+        data = numpy_helper.to_array(tensors[tensor])[part].copy().view("uint8")
+        scale = numpy_helper.to_array(tensors[f"{tensor}_scale_inv"])[part].copy()
+        found[name] = ScaledTensor(
+            torch.from_numpy(data).view(DTYPES[format]), torch.from_numpy(scale), (rows, columns)
+        )
     return found

@@ -3,110 +3,167 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from moekern.experts import ExpertWeights
-from moekern.onnx.experts import Expert, Gating, experts_of
-from moekern.onnx.weights import BOOL, FLOAT, INT32, INT64, Stored, Value, Weight, constant
+from moekern.onnx import casts, grouped, routing
+from moekern.onnx.experts import Expert, Gating, Network, experts_of
+from moekern.onnx.forms import Routed
+from moekern.onnx.graph import BF16, FLOAT, Graph, Value
+from moekern.onnx.program import Program
+from moekern.onnx.weights import BLOCKS_SINCE, Stored, Weight, one
 from moekern.op import NotSupported
-from moekern.ops.gate import SMALLEST_SUM
-from moekern.ops.quantize import SMALLEST_AMAX
-from moekern.scaled import BLOCK, MAX, ScaledTensor
-
-BF16, FP8 = 16, {"e4m3fn": 17, "e4m3fnuz": 18, "e5m2": 19}  # ONNX's numbers for types
-MOE = ("dense", "sparse")
+from moekern.scaled import BLOCK, ScaledTensor
 
 
-def _function(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The exporter sets attributes, which a method has no room for."""
+class Call(NamedTuple):
+    """One that was translated: the operator, its arguments by name, of which values of the graph are not known yet."""
 
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return method(*args, **kwargs)
+    op: str
+    arguments: dict[str, Any]
+    outputs: tuple[Value, ...]
 
-    return call
+
+def values_in(x: Any) -> Iterator[Value]:
+    """Of a graph, in arguments."""
+    if isinstance(x, (list, tuple, dict)):
+        for part in x.values() if isinstance(x, dict) else x:
+            yield from values_in(part)
+    elif hasattr(x, "producer"):
+        yield x
+
+
+def replaced(x: Any, by: Callable[[Value], Any]) -> Any:
+    """Arguments with other things for their values of a graph."""
+    if isinstance(x, dict):
+        return {key: replaced(part, by) for key, part in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [replaced(part, by) for part in x]
+    return by(x) if hasattr(x, "producer") else x
 
 
 class Translation:
-    """op: the operators of an opset. own: a value of the program -> its name and tensor, which depend on no input."""
+    """Of one program into one graph. quantise: cast float activations of products to FP8 first."""
 
-    def __init__(self, op: Any, mode: str, moe: str, own: Callable[[Value], tuple[str, torch.Tensor]]) -> None:
-        self.op, self.moe, self.own = op, moe, own
-        self.stored = Stored(op, mode)
+    def __init__(self, program: Program, graph: Graph, stored: Stored, moe: str, quantise: bool) -> None:
+        self.program, self.graph, self.stored, self.moe, self.quantise = program, graph, stored, moe, quantise
+        self.calls: list[Call] = []
 
     def table(self) -> dict[Any, Callable[..., Any]]:
-        methods = self.fp8_gemm_nt, self.per_token_cast_to_fp8, self.moe_gate, self.fused_experts
-        return {getattr(torch.ops.moekern, method.__name__).default: _function(method) for method in methods}
+        methods = (
+            self.fp8_gemm_nt,
+            self.m_grouped_fp8_gemm_nt_contiguous,
+            self.m_grouped_fp8_gemm_nt_masked,
+            self.k_grouped_fp8_gemm_tn_contiguous,
+            self.per_token_cast_to_fp8,
+            self.per_block_cast_to_fp8,
+            self.per_channel_cast_to_fp8,
+            self.silu_mul_cast_to_fp8,
+            self.dequantize,
+            self.moe_gate,
+            self.moe_permute,
+            self.moe_unpermute,
+            self.fused_experts,
+        )
+        return {getattr(torch.ops.moekern, method.__name__).default: self._noted(method) for method in methods}
 
-    # ---- products and casts --------------------------------------------------------------------------
+    def _noted(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*arguments: Any, **options: Any) -> Any:
+            results = method(*arguments, **options)
+            bound = inspect.signature(method).bind(*arguments, **options)
+            bound.apply_defaults()
+            outputs = results if isinstance(results, tuple) else (results,)
+            known = replaced(dict(bound.arguments), lambda v: v if (own := self.program.tensor(v)) is None else own)
+            self.calls.append(Call(method.__name__, known, outputs))
+            return results
+
+        return call
+
+    # ---- products ------------------------------------------------------------------------------------
 
     def fp8_gemm_nt(self, a, sa, block_a, b, sb, block_b, c, bias, out_dtype=None):  # type: ignore[no-untyped-def]
-        left = self._float(a) if sa is None else self._dequantized(a, sa, int(a.shape[1]), block_a)
-        (name, data), (_, scale) = self.own(b), self.own(sb)
-        sums = self._times(left, Weight(name, ScaledTensor(data, scale, tuple(block_b))))
+        sums = self.stored.times(self._rows(a, sa, block_a, self.quantise), self._weight(b, sb, block_b))
         for term in (bias, c):
             if term is not None:
-                sums = self.op.Add(sums, self._float(term))
+                sums = self.graph.op.Add(sums, self._work(term))
         return self._as(out_dtype, sums, a, sa)
 
+    def m_grouped_fp8_gemm_nt_contiguous(  # type: ignore[no-untyped-def]
+        self, a, sa, block_a, b, sb, block_b, starts, counts, rows, capacity=None, out_dtype=None
+    ):
+        weights = self._weights(b, sb, block_b)
+        wide = self._rows(a, sa, block_a)
+        sums = grouped.m_grouped(self.graph, self.stored, wide, weights, starts, counts, self.moe == "dense")
+        return self._as(out_dtype, sums, a, sa)
+
+    def m_grouped_fp8_gemm_nt_masked(  # type: ignore[no-untyped-def]
+        self, a, sa, block_a, b, sb, block_b, starts, counts, rows, capacity, out_dtype=None
+    ):
+        op, (groups, slots, k) = self.graph.op, map(int, a.shape)
+        weights = self._weights(b, sb, block_b)
+
+        def flat(x: Value) -> Value:
+            return op.Reshape(x, self.graph.ints(groups * slots, int(x.shape[2])))
+
+        if sa is None:
+            wide = flat(self._work(a))
+        else:
+            wide = self._work(casts.dequantized(self.graph, flat(a), flat(sa), k, block_a))
+        sums = grouped.m_grouped(self.graph, self.stored, wide, weights, starts, counts, self.moe == "dense")
+        return self._as(out_dtype, op.Reshape(sums, self.graph.ints(groups, slots, weights[0].shape[0])), a, sa)
+
+    def k_grouped_fp8_gemm_tn_contiguous(  # type: ignore[no-untyped-def]
+        self, a, sa, block_a, b, sb, block_b, starts, counts, rows, c, out_dtype=None
+    ):
+        graph = self.graph
+        left = graph.cast(a, FLOAT) if sa is None else casts.dequantized(graph, a, sa, int(a.shape[1]), block_a)
+        right = casts.dequantized(graph, b, sb, int(b.shape[1]), block_b)
+        sums = grouped.k_grouped(graph, left, right, starts, counts, int(counts.shape[0]))
+        sums = sums if c is None else graph.op.Add(sums, graph.cast(c, FLOAT))
+        return sums if out_dtype is None else graph.op.Cast(sums, to=out_dtype)
+
+    # ---- casts ---------------------------------------------------------------------------------------
+
     def per_token_cast_to_fp8(self, x, format, round_scale_up):  # type: ignore[no-untyped-def]
-        return self._cast(self._float(x), int(x.shape[1]), format, round_scale_up)
+        return casts.per_token(self.graph, self.graph.cast(x, FLOAT), int(x.shape[1]), format, round_scale_up)
 
-    def _cast(self, x: Value, k: int, format: str = "e4m3fn", round_scale_up: bool = False) -> tuple[Value, Value]:
-        """x [T, k] in 1x128 FP8, and its scales: max(amax, 1e-4) / max, q = rne(clamp(x (1 / scale)))."""
-        op, blocks = self.op, -(-k // BLOCK)
-        largest = MAX[format]
-        wide = op.Reshape(op.Pad(x, self._ints(0, 0, 0, -k % BLOCK)), self._ints(-1, blocks, BLOCK))
-        amax = op.Max(op.ReduceMax(op.Abs(wide), self._ints(-1), keepdims=1), self._number(SMALLEST_AMAX))
-        scale = op.Div(amax, self._number(largest))
-        if round_scale_up:
-            # log2 may be off by an ulp where the scale is a power of two: a little less than it rounds up to it
-            exponent = op.Ceil(op.Sub(op.Div(op.Log(scale), self._number(math.log(2))), self._number(1e-5)))
-            scale = op.Pow(self._number(2.0), exponent)
-        scaled = op.Clip(op.Mul(wide, op.Reciprocal(scale)), self._number(-largest), self._number(largest))
-        rows = op.Reshape(scaled, self._ints(-1, blocks * BLOCK))
-        rows = op.Slice(rows, self._ints(0), self._ints(k), self._ints(1))
-        return op.Cast(rows, to=FP8[format]), op.Squeeze(scale, self._ints(2))
+    def per_block_cast_to_fp8(self, x, format, round_scale_up):  # type: ignore[no-untyped-def]
+        return casts.per_rows(self.graph, self.graph.cast(x, FLOAT), int(x.shape[1]), True, format, round_scale_up)
 
-    def _dequantized(self, data: Value, scale: Value, k: int, block: Sequence[int] = (1, BLOCK)) -> Value:
-        """The values of FP8 activations [T, k]."""
-        if block[0] != 1:
-            raise NotSupported(f"ONNX has FP8 activations in blocks of one row; these are {tuple(block)}")
-        return self.op.DequantizeLinear(data, self._float(scale), axis=1, block_size=min(block[1], k))
+    def per_channel_cast_to_fp8(self, x, format, round_scale_up):  # type: ignore[no-untyped-def]
+        return casts.per_rows(self.graph, self.graph.cast(x, FLOAT), int(x.shape[1]), False, format, round_scale_up)
+
+    def silu_mul_cast_to_fp8(self, x, format, round_scale_up):  # type: ignore[no-untyped-def]
+        intermediate = int(x.shape[1]) // 2
+        y = casts.silu_mul(self.graph, self.graph.cast(x, FLOAT), intermediate)
+        return casts.per_token(self.graph, y, intermediate, format, round_scale_up)
+
+    def dequantize(self, data, scale, block, out_dtype=None):  # type: ignore[no-untyped-def]
+        values = casts.dequantized(self.graph, data, scale, int(data.shape[1]), block)
+        return values if out_dtype is None else self.graph.op.Cast(values, to=out_dtype)
 
     # ---- routing -------------------------------------------------------------------------------------
 
     def moe_gate(  # type: ignore[no-untyped-def]
-        self, logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize, factor, mask_value
-    ):
-        op, experts = self.op, int(logits.shape[1])
-        logits = self._float(logits)
-        scores = op.Softmax(logits, axis=1) if scoring == "softmax" else op.Sigmoid(logits)
-        selection = scores if correction_bias is None else op.Add(scores, self._float(correction_bias))
-        if topk_group < num_expert_group:
-            members = experts // num_expert_group
-            grouped = op.Reshape(selection, self._ints(-1, num_expert_group, members))
-            best, _ = op.TopK(grouped, self._ints(1 if correction_bias is None else min(2, members)))
-            _, groups = op.TopK(op.ReduceSum(best, self._ints(2), keepdims=0), self._ints(topk_group))
-            kept = op.Cast(op.Unsqueeze(self._factors(groups, num_expert_group, None), self._ints(2)), to=BOOL)
-            selection = op.Reshape(op.Where(kept, grouped, self._number(mask_value)), self._ints(-1, experts))
-        _, ids = op.TopK(selection, self._ints(topk))
-        weights = op.GatherElements(scores, ids, axis=1)
-        if renormalize:
-            total = op.ReduceSum(weights, self._ints(1), keepdims=1)
-            weights = op.Div(weights, op.Add(total, self._number(SMALLEST_SUM)))
-        return op.Mul(weights, self._number(factor)), op.Cast(ids, to=INT32)
+        self, logits, topk, scoring, correction_bias, num_expert_group, topk_group, renormalize,
+        routed_scaling_factor, mask_value,
+    ):  # fmt: skip
+        return routing.gate(
+            self.graph, self.graph.cast(logits, FLOAT), int(logits.shape[1]), topk, scoring, correction_bias,
+            num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value,
+        )  # fmt: skip
 
-    def _factors(self, ids: Value, count: int, weights: Value | None) -> Value:
-        """[T, count]: at e the sum of weights[t, j], or of ones, over the j with ids[t, j] = e."""
-        op = self.op
-        hits = op.Equal(op.Unsqueeze(op.Cast(ids, to=INT64), self._ints(2)), constant(op, torch.arange(count)))
-        terms = self._number(1.0) if weights is None else op.Unsqueeze(weights, self._ints(2))
-        return op.ReduceSum(op.Where(hits, terms, self._number(0.0)), self._ints(1), keepdims=0)
+    def moe_permute(self, x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
+        return routing.permute(self.graph, x, scale, ids, int(ids.shape[1]), num_experts, alignment, expert_map)
+
+    def moe_unpermute(self, y, inverse, weights, out_dtype=None):  # type: ignore[no-untyped-def]
+        sums = routing.unpermute(self.graph, y, inverse, weights)
+        return self.graph.op.Cast(sums, to=y.dtype if out_dtype is None else out_dtype)
 
     # ---- experts -------------------------------------------------------------------------------------
 
@@ -114,75 +171,65 @@ class Translation:
         self, x, sx, block_x, experts, layout, shared, shared_layout, ids, weights, expert_map, activation, alpha,
         beta, limit, quantize_activations, apply_router_weight_on_input, reduce, out_dtype=None,
     ):  # fmt: skip
-        if apply_router_weight_on_input or not reduce:
-            raise NotSupported("ONNX export has fused_experts with its sum, and the router's weights in that")
-        op, gating = self.op, Gating(activation, alpha, beta, limit, sx is not None or quantize_activations, x.dtype)
-        hidden = int(x.shape[1])
-        rows = self._float(x) if sx is None else self._dequantized(x, sx, hidden, block_x)
-        if quantize_activations and sx is None:
-            rows = self._dequantized(*self._cast(rows, hidden), hidden)
-        if expert_map is not None:
-            # -1 reads the map's last element, which Where then leaves out
-            local = op.Cast(op.Gather(expert_map, op.Cast(ids, to=INT64)), to=INT64)
-            minus_one = constant(op, torch.tensor(-1))
-            ids = op.Where(op.Less(op.Cast(ids, to=INT64), constant(op, torch.tensor(0))), minus_one, local)
+        graph, op, topk = self.graph, self.graph.op, int(ids.shape[1])
+        quantise = sx is not None or quantize_activations or self.quantise
+        network = Network(graph, self.stored, Gating(activation, alpha, beta, limit, quantise, int(x.dtype)))
+        rows = self._rows(x, sx, block_x, quantise)
+        here = routing.local_ids(graph, ids, expert_map)
+        factors = None if weights is None else self._work(weights)
         routed = self._described(experts, layout)
-        total = self._routed(rows, routed, gating, self._factors(ids, len(routed), weights), ids)
+        if reduce and not apply_router_weight_on_input:
+            total = Routed(graph, network, rows, here, topk, factors).apply(routed, self.moe)
+        else:  # slots, each with a row of its own
+            first, count = graph.constant(torch.tensor(0)), op.Squeeze(op.Size(here))
+            token = op.Div(op.Range(first, count, graph.constant(torch.tensor(1))), graph.constant(torch.tensor(topk)))
+            column = graph.ints(-1, 1)
+            slot_ids = graph.typed(op.Reshape(here, column), int(here.dtype))
+            on_input = op.Reshape(factors, column) if factors is not None and apply_router_weight_on_input else None
+            slots = Routed(graph, network, op.Gather(rows, token), slot_ids, 1, None, on_input)
+            total = slots.apply(routed, self.moe)
+            if reduce:
+                total = op.ReduceSum(
+                    op.Reshape(total, graph.ints(-1, topk, int(x.shape[1]))), graph.ints(1), keepdims=0
+                )
         for expert in self._described(shared, shared_layout) if shared else ():
-            total = op.Add(total, self._expert(rows, expert, gating))
+            total = op.Add(total, network(rows, expert))
         return self._as(out_dtype, total, x, sx)
 
     def _described(self, tensors: Sequence[Value], layout: Sequence[int]) -> list[Expert]:
-        names, own = zip(*map(self.own, tensors), strict=True)
+        names, own = zip(*map(self.program.own, tensors), strict=True)
         return experts_of(ExpertWeights.from_tensors(own, layout), names)
 
-    def _routed(self, rows: Value, experts: list[Expert], gating: Gating, factors: Value, ids: Value) -> Value:
-        """dense: each expert for every token, static shapes, experts / topk times the work. sparse: for its own."""
-        op = self.op
-        total = op.Expand(self._number(0.0), op.Shape(rows))
-        for e, expert in enumerate(experts):
-            index = constant(op, torch.tensor(e))
-            factor = op.Gather(factors, constant(op, torch.tensor([e])), axis=1)  # [T, 1]
-            chosen = op.Equal(op.Cast(ids, to=INT64), index)
-            chosen = op.ReduceMax(op.Cast(chosen, to=INT32), self._ints(1), keepdims=1)
-            if self.moe == "dense":
-                y = op.Mul(self._expert(rows, expert, gating), factor)
-                # an infinity of an expert that a token does not go to must not reach it
-                total = op.Add(total, op.Where(op.Cast(chosen, to=BOOL), y, self._number(0.0)))
-            else:
-                tokens = op.Transpose(op.NonZero(op.Squeeze(chosen, self._ints(1))), perm=[1, 0])  # [n, 1]
-                y = self._expert(op.GatherND(rows, tokens), expert, gating)
-                total = op.ScatterND(total, tokens, op.Mul(y, op.GatherND(factor, tokens)), reduction="add")
-        return total
+    # ---- operands ------------------------------------------------------------------------------------
 
-    def _expert(self, rows: Value, expert: Expert, gating: Gating) -> Value:
-        op = self.op
-        g, u = (self._plus(self._times(rows, w), b) for w, b in (expert.gate, expert.up))
-        h = gating.apply(op, g, u, self._number)
-        if gating.quantise:
-            intermediate = expert.down.weight.matrix.shape[1]
-            h = self._dequantized(*self._cast(h, intermediate), intermediate)
-        elif gating.dtype != FLOAT:
-            h = op.Cast(op.Cast(h, to=gating.dtype), to=FLOAT)
-        return self._plus(self._times(h, expert.down.weight), expert.down.bias)
+    def _rows(self, a: Value, sa: Value | None, block: Sequence[int], quantise: bool = False) -> Value:
+        """Activations [T, K] in the products' type: float ones, or the values of FP8 ones."""
+        if sa is None and not quantise:
+            return self._work(a)
+        if self.graph.opset < BLOCKS_SINCE:
+            raise NotSupported(f"ONNX export has FP8 activations from opset {BLOCKS_SINCE} on, not {self.graph.opset}")
+        k = int(a.shape[1])
+        pair = (a, sa) if sa is not None else casts.per_token(self.graph, self.graph.cast(a, FLOAT), k)
+        values = casts.dequantized(self.graph, *pair, k, block if sa is not None else (1, BLOCK))
+        return values if self.stored.type == FLOAT else self.graph.op.Cast(values, to=self.stored.type)
 
-    # ---- shorthand -----------------------------------------------------------------------------------
+    def _weight(self, data: Value, scale: Value, block: Sequence[int]) -> Weight:
+        (name, matrix), (_, of_matrix) = self.program.own(data), self.program.own(scale)
+        return one(name, ScaledTensor(matrix, of_matrix, (block[0], block[1])))
 
-    def _times(self, rows: Value, weight: Weight) -> Value:
-        return self.op.MatMul(rows, self.op.Transpose(self.stored.values(weight, after=rows), perm=[1, 0]))
+    def _weights(self, data: list[Value], scale: list[Value], block: Sequence[int]) -> list[Weight]:
+        """Of every group: a list, or a stack, whose parts have their number behind its name."""
+        found = [self._weight(*pair, block) for pair in zip(data, scale, strict=True)]
+        whole = found[0].matrices[0]
+        if whole.data.dim() == 2:
+            return found
+        parts = (ScaledTensor(whole.data[g], whole.scale[g], whole.block) for g in range(len(whole.data)))
+        return [one(f"{found[0].name}.{g}", part) for g, part in enumerate(parts)]
 
-    def _plus(self, x: Value, bias: torch.Tensor | None) -> Value:
-        return x if bias is None else self.op.Add(x, constant(self.op, bias.float()))
+    def _work(self, x: Value) -> Value:
+        return self.graph.cast(x, self.stored.type)
 
-    def _as(self, dtype: Any, result: Value, a: Value, sa: Value | None) -> Value:
+    def _as(self, dtype: int | None, result: Value, a: Value, sa: Value | None) -> Value:
         """In out_dtype, or what it is by default: that of float activations, else bfloat16."""
-        return self.op.Cast(result, to=dtype if dtype is not None else BF16 if sa is not None else a.dtype)
-
-    def _float(self, x: Value) -> Value:
-        return self.op.Cast(x, to=FLOAT)
-
-    def _ints(self, *x: int) -> Value:
-        return constant(self.op, torch.tensor(x, dtype=torch.int64))
-
-    def _number(self, x: float) -> Value:
-        return constant(self.op, torch.tensor(x, dtype=torch.float32))
+        to = dtype if dtype is not None else BF16 if sa is not None else int(a.dtype)
+        return result if to == self.stored.type else self.graph.op.Cast(result, to=to)
