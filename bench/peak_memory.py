@@ -1,6 +1,7 @@
-"""The largest resident memory of a process that loads an FP8 checkpoint and runs one token, in bytes.
+"""The largest resident memory of a process that loads a model and runs one token, in bytes.
 
 python bench/peak_memory.py FOLDER moekern         # or transformers, which makes bf16 of it without a GPU
+python bench/peak_memory.py FILE onnxruntime K     # a file of ONNX whose input has K columns
 """
 
 from __future__ import annotations
@@ -19,7 +20,47 @@ def of(folder: Path, route: str) -> str:
     return f"{route} {int(done.stdout.split()[-1]) / 1e9:.2f} GB"
 
 
-def main(folder: str, route: str) -> None:
+def of_file(path: Path, *sizes: int) -> int:
+    """Of onnxruntime, which is all that is in the process; sizes: columns of x, and of a routing its slots and experts."""
+    command = [sys.executable, __file__, str(path), "onnxruntime", *map(str, sizes)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def own() -> int:
+    """Bytes of this process that are of no file."""
+    return _status("RssAnon")
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def main(path: str, route: str, *sizes: str) -> None:
+    if route == "onnxruntime":
+        _run_onnx(path, *map(int, sizes))
+    else:
+        _run_transformers(path, route)
+    print(_status("VmHWM"))
+
+
+def _run_onnx(path: str, columns: int, slots: int = 0, experts: int = 0) -> None:
+    import numpy as np
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    draw = np.random.default_rng(0)
+    feeds = [draw.standard_normal((1, columns), dtype=np.float32)]
+    if slots:
+        feeds += [draw.permutation(experts)[None, :slots], np.full((1, slots), 1 / slots, np.float32)]
+    for _ in range(2):
+        session.run(None, {slot.name: x for slot, x in zip(session.get_inputs(), feeds, strict=True)})
+
+
+def _run_transformers(folder: str, route: str) -> None:
     import torch
     from transformers import AutoModel
 
@@ -33,8 +74,6 @@ def main(folder: str, route: str) -> None:
     with torch.inference_mode():
         model(torch.zeros(1, 1, dtype=torch.int64))
     # not getrusage: its maximum begins with that of the process which started this one
-    status = Path("/proc/self/status").read_text()
-    print(1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import compete
 import engine
+import exported
 import grouped
 import machine
 import moe
@@ -127,6 +128,7 @@ class Bench:
 
 def main(
     context: typer.Context,
+    what: Annotated[str | None, typer.Argument(help="onnx: exported layers in onnxruntime, beside kernels")] = None,
     suite: Annotated[str, typer.Option(help=f"{', '.join(suites.names())}, or a JSON file like them")] = "deepseek-v3",
     op: Annotated[
         str, typer.Option(help=f"moe, grouped, routing, model, or ops, or all ops: {', '.join(OP_NAMES)}")
@@ -148,6 +150,8 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="draw the roofline here, as PNG")] = None,
 ) -> None:
     """Times FP8 kernels against this machine's limits and against what else one could call."""
+    if what not in (None, "onnx"):
+        raise typer.BadParameter(f"{what}: it is onnx, or nothing", param_hint="what")
     try:
         table = suites.load(suite)
         if op == "moe":
@@ -186,6 +190,13 @@ def main(
             result["real"] = real_model.run(console, quick)
         except packages.Missing as reason:
             raise typer.BadParameter(str(reason), param_hint="--real") from None
+    elif what == "onnx":
+        names = _words("--layers", layers or exported.LAYERS, list(LAYERS))
+        tokens = _numbers("--m", m) if m else exported.QUICK_TOKENS if quick else exported.TOKENS
+        try:
+            result["onnx"], notes = exported.run(console, names, tokens, quick, Effort(2.0, 9))
+        except packages.Missing as reason:
+            raise typer.BadParameter(str(reason), param_hint="what") from None
     elif op == "moe":
         weights = (
             [moe.mapped(checkpoint, layer)]

@@ -1,7 +1,7 @@
 """How a graph brings tokens to their experts and adds up what comes back.
 
 dense    every expert for every token: static shapes, no control flow, experts / topk times the work
-sparse   every expert for its own tokens, found by NonZero
+sparse   every expert for its own tokens, found by NonZero, if it has any
 loop     sparse in a Loop over stacked weights: a graph as small for 256 experts as for one
 contrib  one node, onnxruntime's com.microsoft MoE, or QMoE in the mode ort-contrib
 """
@@ -61,11 +61,21 @@ class Routed:
         return op.Add(total, op.Where(chosen, y, self.graph.number(0.0)))
 
     def _own_rows(self, total: Value, e: Value, expert: Expert, index: Value | None) -> Value:
-        op, chosen, share = self.graph.op, *self._slots(e)
-        tokens = op.Transpose(op.NonZero(op.Squeeze(chosen, self.graph.ints(1))), perm=[1, 0])  # [n, 1]
-        factor = None if self.on_input is None else op.GatherND(self.on_input, tokens)
-        y = self.network(op.GatherND(self.rows, tokens), expert, factor, index)
-        return op.ScatterND(total, tokens, self._summand(y, op.GatherND(share, tokens)), reduction="add")
+        graph, op, chosen, share = self.graph, self.graph.op, *self._slots(e)
+        flat = op.Squeeze(chosen, graph.ints(1))
+        tokens = op.Transpose(op.NonZero(flat), perm=[1, 0])  # [n, 1]
+        count = op.ReduceSum(op.Cast(flat, to=FLOAT), keepdims=0)
+
+        def computed() -> Value:
+            factor = None if self.on_input is None else op.GatherND(self.on_input, tokens)
+            y = self.network(op.GatherND(self.rows, tokens), expert, factor, index)
+            return self._summand(y, op.GatherND(share, tokens))
+
+        def none() -> Value:  # [0, H], of something that is no constant: those leave their branch
+            return op.Cast(op.Slice(self.rows, graph.ints(0), graph.ints(0), graph.ints(0)), to=FLOAT)
+
+        y = graph.either(op.Greater(count, graph.number(0.0)), computed, none, FLOAT)
+        return op.ScatterND(total, tokens, y, reduction="add")
 
     def _summand(self, y: Value, share: Value) -> Value:
         weighted = self.graph.op.Mul(y, share)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ class Graph:
         self.opset = opset
         self.op = getattr(onnxscript, f"opset{max(opset, OLDEST_WRITTEN)}")
         self.initialisers: dict[str, Value] = {}
-        self._loops = 0
+        self._graphs = 0
 
     def constant(self, x: torch.Tensor) -> Value:
         from onnx_ir.tensor_adapters import TorchTensor
@@ -75,27 +76,51 @@ class Graph:
         """step(i, value) for i < count, from value = start [*, *]; i is an int64 scalar."""
         import onnx_ir as ir
 
-        nodes, name = self._nodes(), f"loop{self._loops}"
-        self._loops += 1
+        name = self._name("loop")
         i = ir.Value(name=f"{name}.i", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(()))
         going = ir.Value(name=f"{name}.going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
         value = ir.Value(name=f"{name}.value", type=ir.TensorType(start.dtype), shape=ir.Shape((None, None)))
+        body = self._inside(name, [i, going, value], lambda: [self.op.Identity(going), step(i, value)])
+        for output, like in zip(body.outputs, (going, value), strict=True):
+            output.dtype, output.shape = like.dtype, like.shape
+        inputs = [self.constant(torch.tensor(count)), self.constant(torch.tensor(True)), start]
+        return self.typed(self.node("", "Loop", inputs, body=body), int(start.dtype))
+
+    def either(self, condition: Value, then: Callable[[], Value], otherwise: Callable[[], Value], to: int) -> Value:
+        """then() [*, *] where a scalar is true, else otherwise(), of one type; only what is taken is computed."""
+        import onnx_ir as ir
+
+        branches = {}
+        for key, result in (("then", then), ("else", otherwise)):
+            body = self._inside(self._name(key), [], functools.partial(_alone, result))
+            body.outputs[0].dtype, body.outputs[0].shape = ir.DataType(to), ir.Shape((None, None))
+            branches[f"{key}_branch"] = body
+        return self.typed(self.node("", "If", [condition], **branches), to)
+
+    def _inside(self, name: str, inputs: list[Value], results: Callable[[], list[Value]]) -> Any:
+        """A graph of the nodes that `results` adds, which gives what it returns."""
+        import onnx_ir as ir
+
+        nodes = self._nodes()
         outside = len(nodes)
-        result = step(i, value)
-        still = self.op.Identity(going)
+        outputs = results()
         inside = nodes[outside:]
         del nodes[outside:]
         for number, node in enumerate(inside):
             for output in node.outputs:  # a graph would name them as the one around it does
                 output.name = f"{name}.{number}.{output.index()}"
-        for output, like in ((result, value), (still, going)):
-            output.dtype, output.shape = like.dtype, like.shape
-        body = ir.Graph([i, going, value], [still, result], nodes=inside, name=name)
-        inputs = [self.constant(torch.tensor(count)), self.constant(torch.tensor(True)), start]
-        return self.node("", "Loop", inputs, body=body)  # onnxscript repeats the inputs of one that has any number
+        return ir.Graph(inputs, outputs, nodes=inside, name=name)
+
+    def _name(self, kind: str) -> str:
+        self._graphs += 1
+        return f"{kind}{self._graphs}"
 
     def _nodes(self) -> list[Any]:
         """Those of the translation that is under way."""
         from onnxscript import evaluator
 
         return evaluator.default().nodes  # type: ignore[attr-defined]
+
+
+def _alone(result: Callable[[], Value]) -> list[Value]:
+    return [result()]
