@@ -97,7 +97,7 @@ def run(
             f"I {layer.intermediate} · {size / 1e9:.2f} GB{weights.said}",
             highlight=False,
         )
-        of_layer = [_result(weights, *kind, tokens, effort, notes) for kind in (QUICK_KINDS if quick else KINDS)]
+        of_layer = [result_of(weights, *kind, tokens, effort, notes) for kind in (QUICK_KINDS if quick else KINDS)]
         found += [result for result in of_layer if result is not None]
         show(console, _table([result for result in of_layer if result is not None], tokens))
     document: dict[str, Any] = {"layers": [result.to_json() for result in found]}
@@ -106,51 +106,70 @@ def run(
     return document, notes
 
 
-def _result(
-    weights: moe.Weights, mode: str, form: str, tokens: tuple[int, ...], effort: Effort, notes: list[str]
-) -> Result | None:
-    import onnxruntime
+class Session:
+    """A file in onnxruntime, called as a Contender calls."""
 
-    from moekern.onnx import export
+    def __init__(self, path: Path) -> None:
+        import onnxruntime
 
-    layer = weights.layer
-    if 8 * layer.expert_bytes * layer.experts > machine.memory_budget() and mode in ("fp16", "bf16"):
-        notes.append(f"{mode} left out at {layer.model}: no memory for its weights in float32")
-        return None
-    rows = torch.export.Dim("tokens", min=1, max=65536)
-    cases = {count: moe.Case(weights, "even", count) for count in tokens}
-    first = cases[tokens[-1]]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "layer.onnx"
-        example = (first.x.float(), *first.routing(0))
-        started = time.perf_counter()
-        report = export(
-            Layer(weights), example, path, mode=mode, moe=form, dynamic_shapes=({0: rows},) * 3, verify=False
-        )
-        took = time.perf_counter() - started
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the other contender needs the cores
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        names = [slot.name for slot in session.get_inputs()]
-        seconds, error = {}, 0.0
-        for count, case in cases.items():
-            native, _ = case.runner("bf16")
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._names = [slot.name for slot in self._session.get_inputs()]
 
-            def exported(turn: int, case: moe.Case = case, x: torch.Tensor = case.x.float()) -> torch.Tensor:
-                feeds = (x, *case.routing(turn))
-                return session.run(None, dict(zip(names, (f.numpy() for f in feeds), strict=True)))[0]
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        feeds = dict(zip(self._names, (x.numpy() for x in inputs), strict=True))
+        return torch.from_numpy(self._session.run(None, feeds)[0])
 
-            got, expected = torch.from_numpy(exported(0)).float(), native(0).float()
-            error = max(error, ((got - expected).norm() / expected.norm()).item())
-            samples = interleave(
-                [Contender("exported", exported), Contender("native", native)], effort.budget, effort.most
-            )
-            seconds[count] = samples["exported"], samples["native"]
+
+def result_of(
+    weights: moe.Weights, mode: str, form: str, tokens: tuple[int, ...], effort: Effort, notes: list[str]
+) -> Result | None:
+    from moekern.onnx import export
+
+    layer = weights.layer
+    if mode in ("fp16", "bf16") and 8 * layer.expert_bytes * layer.experts > machine.memory_budget():
+        notes.append(f"{mode} left out at {layer.model}: no memory for its weights in float32")
+        return None
+    cases = {count: moe.Case(weights, "even", count) for count in tokens}
+    example = (cases[tokens[-1]].x.float(), *cases[tokens[-1]].routing(0))
+    shapes = ({0: torch.export.Dim("tokens", min=1, max=65536)},) * 3
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        started = time.perf_counter()
+        report = export(Layer(weights), example, path, mode=mode, moe=form, dynamic_shapes=shapes, verify=False)
+        took = time.perf_counter() - started
+        session = Session(path)
+        found = [_against_native(session, case, effort) for case in cases.values()]
         del session
         peak = peak_memory.of_file(path, layer.hidden, layer.top_k, layer.experts)
-        return Result(layer.model, mode, form, sum(report.nodes.values()), report.bytes, took, peak, error, seconds)
+    return Result(
+        layer=layer.model,
+        mode=mode,
+        form=form,
+        nodes=sum(report.nodes.values()),
+        bytes=report.bytes,
+        export_seconds=took,
+        peak_bytes=peak,
+        error=max(error for error, _ in found),
+        seconds=dict(zip(cases, (times for _, times in found), strict=True)),
+    )
+
+
+def _against_native(session: Session, case: moe.Case, effort: Effort) -> tuple[float, tuple[Samples, Samples]]:
+    """The exported layer's error from moekern's, and both's times in turns."""
+    native, _ = case.runner("bf16")
+    x = case.x.float()
+    expected = native(0).float()
+    error = ((session(x, *case.routing(0)) - expected).norm() / expected.norm()).item()
+    contenders = [
+        Contender("exported", lambda turn: session(x, *case.routing(turn))),
+        Contender("native", native),
+    ]
+    samples = interleave(contenders, effort.budget, effort.most)
+    return error, (samples["exported"], samples["native"])
 
 
 def _table(found: list[Result], tokens: tuple[int, ...]) -> Any:
@@ -224,9 +243,9 @@ def _big(console: Console) -> dict[str, Any]:
         big = Big(report.bytes, took, memory.peak, peak_memory.of_file(path, BIG_SIZE))
     console.print()
     console.print(
-        f"[bold]{BIG_LINEARS} linear layers[/] of {BIG_SIZE} × {BIG_SIZE}, fp8-qdq: a file of {big.bytes / 1e9:.2f} GB, "
-        f"exported in {big.export_seconds:.0f} s with {big.export_peak / 1e9:.2f} GB of memory; a run takes "
-        f"{big.run_peak / big.bytes:.2f} of the file",
+        f"[bold]{BIG_LINEARS} linear layers[/] of {BIG_SIZE} × {BIG_SIZE}, fp8-qdq: a file of "
+        f"{big.bytes / 1e9:.2f} GB, exported in {big.export_seconds:.0f} s with {big.export_peak / 1e9:.2f} GB of "
+        f"memory; a run takes {big.run_peak / big.bytes:.2f} of the file",
         highlight=False,
     )
     return asdict(big)

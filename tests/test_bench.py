@@ -380,3 +380,23 @@ def test_model_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     results, notes = engine.run(console, ["tiny"], 1, (16,), Effort(0.01, 3))
     assert not results
     assert notes[0].startswith("WRONG")
+
+
+@pytest.mark.slow
+def test_an_exported_layer_beside_its_kernels() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    import exported
+    from compete import Effort
+    from moe import Weights
+
+    from moekern.testing.moe_models import DEEPSEEK_V3, random_experts, shared_experts
+
+    layer = DEEPSEEK_V3.scaled_down(56, 4)
+    weights = Weights(layer, random_experts(layer), shared_experts(layer), "")
+    notes: list[str] = []
+    found = exported.result_of(weights, "fp8-qdq", "sparse", (1, 3), Effort(0.05, 3), notes)
+    assert found is not None and not notes
+    assert found.error < 5e-3  # bf16 beside float32
+    assert found.peak_bytes > found.bytes > 0
+    assert set(found.to_json()["tokens"]) == {1, 3}
