@@ -30,7 +30,7 @@ def test_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     names = run("docs/onnx.md")
-    assert names["report"].rms_error < 1e-5
+    assert names["report"].runtimes["onnxruntime"].rms < 1e-5
     assert set(names["weights"]) == {"up", "down"}
 
 
