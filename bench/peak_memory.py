@@ -23,7 +23,7 @@ def of(folder: Path, route: str) -> str:
 def of_file(path: Path, *sizes: int) -> int:
     """Of a process with onnxruntime and nothing else. sizes: columns of x; slots and experts of a routing, if any."""
     command = [sys.executable, __file__, str(path), "onnxruntime", *map(str, sizes)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
 
 
 def own() -> int:

@@ -15,7 +15,7 @@ values: onnxruntime would otherwise decode every layer's before it runs the firs
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from moekern.scaled import BLOCK, ScaledTensor
 
 EXACT = ("fp8-qdq", "uint8-lut")
 MODES = (*EXACT, "int8-qdq", "fp16", "bf16", "ort-contrib")
+_ROWS = 1024  # a multiple of the blocks that there are
 BLOCKS_SINCE = 21  # opset of DequantizeLinear's block_size
 
 
@@ -71,7 +72,7 @@ class Stored:
             return op.MatMul(rows, matrices)
         if self.mode == "ort-contrib":
             return self._nbits(rows, weight)
-        return op.MatMul(rows, op.Transpose(self._values(weight, rows, index), perm=[1, 0]))
+        return op.Gemm(rows, self._values(weight, rows, index), transB=1)  # no transposed copy of the values
 
     def _values(self, weight: Weight, after: Value, index: Value | None) -> Value:
         if self.mode in EXACT:
@@ -165,31 +166,49 @@ class Stored:
         return self._zeros[after]
 
 
-def _exact(x: ScaledTensor) -> torch.Tensor:
-    return x.to_float64().float()
+def _pieces(x: ScaledTensor) -> Iterator[torch.Tensor]:
+    """Its values in float32, some rows at a time: intermediate results are of these alone."""
+    rows, columns = x.block
+    step = _ROWS if _ROWS % rows == 0 else x.shape[0]
+    for first in range(0, x.shape[0], step):
+        data = x.data[first : first + step].float()  # a product with a float32 is rounded once, as from float64
+        scale = x.scale[first // rows : -(-(first + step) // rows)].float()
+        spread = scale.repeat_interleave(rows, 0)[: len(data)].repeat_interleave(columns, 1)[:, : data.shape[1]]
+        yield data * spread
 
 
 def half(name: str, x: ScaledTensor) -> torch.Tensor:
-    exact, most = _exact(x), torch.finfo(torch.float16).max
-    if (worst := exact.abs().max().item()) > most:
-        raise ValueError(f"{name}: a weight of magnitude {worst:.3g} is beyond fp16's {most:.5g}; bf16 has its range")
-    return exact.half()
+    most = torch.finfo(torch.float16).max
+
+    def rounded(exact: torch.Tensor) -> torch.Tensor:
+        if (worst := exact.abs().max().item()) > most:
+            raise ValueError(
+                f"{name}: a weight of magnitude {worst:.3g} is beyond fp16's {most:.5g}; bf16 has its range"
+            )
+        return exact.half()
+
+    return torch.cat([rounded(exact) for exact in _pieces(x)])
 
 
 def _bf16(name: str, x: ScaledTensor) -> torch.Tensor:
-    return _exact(x).bfloat16()
+    return torch.cat([exact.bfloat16() for exact in _pieces(x)])
 
 
 def in_steps(x: ScaledTensor, block: int = BLOCK) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [N, K] and its scales for each 1 x block."""
-    exact, k = _exact(x), x.shape[1]
-    padded = torch.nn.functional.pad(exact, (0, -k % block)).unflatten(-1, (-1, block))
-    scale = padded.abs().amax(-1) / 127
-    steps = padded / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
-    return steps.round().to(torch.int8).flatten(-2)[:, :k], scale
+    k = x.shape[1]
+
+    def stepped(exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        padded = torch.nn.functional.pad(exact, (0, -k % block)).unflatten(-1, (-1, block))
+        scale = padded.abs().amax(-1) / 127
+        steps = padded / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(-1)
+        return steps.round_().to(torch.int8).flatten(-2)[:, :k], scale
+
+    data, scales = zip(*map(stepped, _pieces(x)), strict=True)
+    return torch.cat(data), torch.cat(scales)
 
 
 def around_128(x: ScaledTensor, block: int = BLOCK) -> torch.Tensor:
     """The same steps as uint8 [N, blocks, block], the last block filled with zeros, which are 128."""
     steps = torch.nn.functional.pad(in_steps(x, block)[0], (0, -x.shape[1] % block))
-    return (steps.short() + 128).to(torch.uint8).unflatten(1, (-1, block))
+    return (steps.view(torch.uint8) ^ 128).unflatten(1, (-1, block))  # of two's complement
