@@ -57,7 +57,7 @@ def test_openvino_runs_every_mode_that_its_target_takes(tmp_path: Path) -> None:
 REFUSED = [
     ("ascend", {"mode": "fp8-qdq"}, "ascend takes no mode.*no FP8 type"),
     ("ascend", {"moe": "sparse"}, "depend on the routing"),
-    ("ascend", {"opset": 18}, "opset is 18; ascend takes 8 to 17"),
+    ("ascend", {"opset": 18}, "opset is 18; ascend takes none above 17"),
     ("ort-cuda", {"mode": "fp8-qdq"}, "blocks of 4-bit integers alone"),
     ("migraphx", {"moe": "loop"}, "migraphx takes no moe"),
     ("openvino", {"mode": "ort-contrib"}, "onnxruntime's"),
@@ -69,6 +69,11 @@ REFUSED = [
 def test_what_a_target_refuses(tmp_path: Path, name: str, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(moekern.NotSupported, match=reason):
         export(Linear(), (torch.randn(5, 200),), tmp_path / "m.onnx", target=name, **options)
+
+
+def test_a_target_lowers_the_opset_of_a_mode_that_it_does_not_choose(tmp_path: Path) -> None:
+    report = export(Linear(), (torch.randn(5, 200),), tmp_path / "m.onnx", target="migraphx", mode="uint8-lut")
+    assert report.opset == 19 and report.layers[0].difference.rms < 2e-6
 
 
 def test_every_refusal_is_of_a_mode_or_form() -> None:

@@ -69,7 +69,7 @@ def export(
         raise ValueError(f"export: target is {target!r}; it must be one of {', '.join(TARGETS)}")
     mode = mode or (for_target.mode if for_target else "fp8-qdq")
     moe = moe or (for_target.moe if for_target else "contrib" if mode == "ort-contrib" else "dense")
-    opset = opset or (for_target.opset if for_target and mode == for_target.mode else _default_opset(mode))
+    opset = opset or _default_opset(for_target, mode)
     _check_options(for_target, mode, moe, activations, opset, dynamic_shapes)
     try:
         import onnx
@@ -124,8 +124,11 @@ def export(
     )
 
 
-def _default_opset(mode: str) -> int:
-    return 17 if mode == "fp16" else BLOCKS_SINCE
+def _default_opset(target: Target | None, mode: str) -> int:
+    own = 17 if mode == "fp16" else BLOCKS_SINCE
+    if target is None:
+        return own
+    return target.opset if mode == target.mode else min(own, target.last_opset)
 
 
 def _check_options(
