@@ -33,7 +33,7 @@ from onnx_models import (  # noqa: E402
     two_grids,
 )
 
-from moekern.onnx import FORMS, MODES, ExportReport, export, load_weights  # noqa: E402
+from moekern.onnx import MODES, ExportReport, export, load_weights  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 AT_MOST = {  # relative, rms
@@ -65,8 +65,7 @@ def check(report: ExportReport, most: float, reference: bool = True) -> None:
         assert found.max < 3 * most, where
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("quantized", [False, True], ids=["w8a16", "w8a8"])
+@pytest.mark.parametrize(("mode", "quantized"), [*((mode, False) for mode in MODES), ("fp8-qdq", True), ("fp16", True)])
 def test_linear(tmp_path: Path, mode: str, quantized: bool) -> None:
     model, path = Linear(quantized), tmp_path / "m.onnx"
     opset = 21 if quantized else None
@@ -93,13 +92,19 @@ def test_activations_in_fp8_where_the_model_has_floats(tmp_path: Path) -> None:
     }
 
 
-def possible(mode: str, moe: str) -> bool:
-    if moe == "loop":
-        return mode not in ("fp8-qdq", "ort-contrib")
-    return moe != "contrib" or mode in ("fp16", "ort-contrib")
+KINDS = [  # every mode, and every form with those that are a case of their own in it
+    *((mode, "dense") for mode in MODES if mode != "ort-contrib"),
+    ("fp8-qdq", "sparse"),
+    ("fp16", "sparse"),
+    ("ort-contrib", "sparse"),
+    ("uint8-lut", "loop"),
+    ("int8-qdq", "loop"),
+    ("fp16", "contrib"),
+    ("ort-contrib", "contrib"),
+]
 
 
-@pytest.mark.parametrize(("mode", "moe"), [(mode, moe) for mode in MODES for moe in FORMS if possible(mode, moe)])
+@pytest.mark.parametrize(("mode", "moe"), KINDS)
 def test_experts(tmp_path: Path, mode: str, moe: str) -> None:
     model, path = Experts(stacked, shared=True), tmp_path / "m.onnx"
     report = export(model, (torch.randn(5, H),), path, mode=mode, moe=moe, dynamic_shapes=TOKENS)
