@@ -44,7 +44,9 @@ def test_only_moekern_and_its_metadata(wheel):
     version = moekern.__version__
     assert {name.split("/")[0] for name in names} == {"moekern", f"moekern-{version}.dist-info"}
     suffixes = {Path(name).suffix for name in names if name.startswith("moekern/")}
-    assert suffixes <= {".py", ".pyi", ".so", ".typed"}, "no C++ source, no build file"
+    assert suffixes <= {".py", ".pyi", ".so", ".typed", ".json"}, "no C++ source, no build file"
+    data = {name for name in names if name.endswith(".json")}
+    assert data == {f"moekern/onnx/operators/{path.name}" for path in ROOT.glob("python/moekern/onnx/operators/*")}
     assert {"moekern/py.typed", "moekern/_C.pyi", f"moekern-{version}.dist-info/licenses/LICENSE"} <= set(names)
     sources = {
         f"moekern/{path.relative_to(folder)}"
