@@ -29,7 +29,7 @@ from moekern import ExpertWeights, fused_experts
 
 PACKAGES, INSTALL = ("onnx", "onnxscript", "onnxruntime"), "pip install 'moekern[onnx]'"
 LAYERS = "qwen3-30b-a3b"
-KINDS = (  # mode, form; the first by default, the others where there is more of them
+KINDS = (  # mode, form
     ("fp8-qdq", "sparse"),
     ("uint8-lut", "loop"),
     ("int8-qdq", "sparse"),

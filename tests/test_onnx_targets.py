@@ -47,7 +47,6 @@ def test_a_layer_for_every_target(tmp_path: Path, name: str) -> None:
 
 
 def test_openvino_runs_every_mode_that_its_target_takes(tmp_path: Path) -> None:
-    pytest.importorskip("openvino")
     x = torch.randn(5, H)
     for mode, moe in (("uint8-lut", "loop"), ("int8-qdq", "dense"), ("fp16", "dense")):
         report = export(Experts(stacked), (x,), tmp_path / "m.onnx", target="openvino", mode=mode, moe=moe)

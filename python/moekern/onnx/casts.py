@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from moekern.onnx.graph import FLOAT, FP8, Graph, Value
+from moekern.onnx.graph import BLOCKS_SINCE, FLOAT, FP8, Graph, Value
+from moekern.op import NotSupported
 from moekern.ops.quantize import SMALLEST_AMAX
 from moekern.scaled import BLOCK, MAX
 
@@ -41,6 +42,7 @@ def per_rows(
 
 
 def _quantised(graph: Graph, x: Value, axes: Sequence[int], format: str, round_scale_up: bool) -> tuple[Value, Value]:
+    _check_opset(graph)
     op, largest = graph.op, MAX[format]
     amax = op.Max(op.ReduceMax(op.Abs(x), graph.ints(*axes), keepdims=1), graph.number(SMALLEST_AMAX))
     scale = op.Div(amax, graph.number(largest))
@@ -53,15 +55,19 @@ def _quantised(graph: Graph, x: Value, axes: Sequence[int], format: str, round_s
 
 def dequantized(graph: Graph, data: Value, scale: Value, k: int, block: Sequence[int] = (1, BLOCK)) -> Value:
     """FP8 activations [T, k] in float32."""
+    _check_opset(graph)
     op, (rows, columns) = graph.op, block
     scale = graph.cast(scale, FLOAT)
     if rows == 1:
         return op.DequantizeLinear(data, scale, axis=1, block_size=min(columns, k))
-    height = op.Squeeze(op.Shape(data, start=0, end=1))
-    numbers = op.Range(graph.constant(torch.tensor(0)), height, graph.constant(torch.tensor(1)))
-    spread = op.Gather(scale, op.Div(numbers, graph.ints(rows)), axis=0)
+    spread = op.Gather(scale, op.Div(graph.counted(data), graph.ints(rows)), axis=0)
     spread = op.Gather(spread, graph.constant(torch.arange(k) // columns), axis=1)
     return op.Mul(op.Cast(data, to=FLOAT), spread)
+
+
+def _check_opset(graph: Graph) -> None:
+    if graph.opset < BLOCKS_SINCE:
+        raise NotSupported(f"ONNX export has FP8 activations from opset {BLOCKS_SINCE} on, not {graph.opset}")
 
 
 def silu_mul(graph: Graph, x: Value, intermediate: int) -> Value:

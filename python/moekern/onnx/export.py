@@ -12,14 +12,14 @@ import torch
 
 from moekern.onnx import runtimes
 from moekern.onnx.forms import FORMS
-from moekern.onnx.graph import OLDEST_WRITTEN, Graph
+from moekern.onnx.graph import BLOCKS_SINCE, OLDEST_WRITTEN, Graph
 from moekern.onnx.lower import fold_constants, lower
 from moekern.onnx.program import Program, traced
 from moekern.onnx.report import ExportReport
 from moekern.onnx.targets import TARGETS, Target, check
 from moekern.onnx.translate import Translation
 from moekern.onnx.verify import Difference, Probes, difference, peak_memory
-from moekern.onnx.weights import BLOCKS_SINCE, EXACT, MODES, Stored
+from moekern.onnx.weights import EXACT, MODES, Stored
 from moekern.op import NotSupported
 
 OPSETS = range(17, 24)  # onnxscript writes no more than 23
@@ -110,7 +110,7 @@ def export(
     return ExportReport(
         path=path,
         target=target,
-        why=for_target.why if for_target else "",
+        why=for_target.why if for_target and (mode, moe) == (for_target.mode, for_target.moe) else "",
         mode=mode,
         moe=moe,
         activations=activations,

@@ -62,9 +62,8 @@ class Routed:
 
     def _own_rows(self, total: Value, e: Value, expert: Expert, index: Value | None) -> Value:
         graph, op, chosen, share = self.graph, self.graph.op, *self._slots(e)
-        flat = op.Squeeze(chosen, graph.ints(1))
-        tokens = op.Transpose(op.NonZero(flat), perm=[1, 0])  # [n, 1]
-        count = op.ReduceSum(op.Cast(flat, to=FLOAT), keepdims=0)
+        tokens = graph.rows_of(chosen)
+        count = op.ReduceSum(op.Cast(chosen, to=FLOAT), keepdims=0)
 
         def computed() -> Value:
             factor = None if self.on_input is None else op.GatherND(self.on_input, tokens)

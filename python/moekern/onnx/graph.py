@@ -12,6 +12,7 @@ FLOAT, UINT8, INT8, INT32, INT64, BOOL, FLOAT16, BF16 = 1, 2, 3, 6, 7, 9, 10, 16
 FP8 = {"e4m3fn": 17, "e4m3fnuz": 18, "e5m2": 19}
 DTYPES = {FLOAT: torch.float32, FLOAT16: torch.float16, BF16: torch.bfloat16}  # of floats
 OLDEST_WRITTEN = 18  # what torch.onnx and onnxscript write at least; lower.py goes on from there
+BLOCKS_SINCE = 21  # DequantizeLinear's block_size
 Value = Any  # of a graph under construction
 
 
@@ -40,6 +41,15 @@ class Graph:
     def numbers(self, x: torch.Tensor, like: Value) -> Value:
         """Integers of a value's type, which is not cast: some runtimes have few casts."""
         return self.constant(x.to(torch.int32 if int(like.dtype) == INT32 else torch.int64))
+
+    def counted(self, x: Value) -> Value:
+        """0, 1, ... of the rows of a tensor, int64."""
+        rows = self.op.Squeeze(self.op.Shape(x, start=0, end=1))
+        return self.op.Range(self.constant(torch.tensor(0)), rows, self.constant(torch.tensor(1)))
+
+    def rows_of(self, mask: Value) -> Value:
+        """mask [T, 1] bool -> the rows where it is true [n, 1], as GatherND and ScatterND take them."""
+        return self.op.Transpose(self.op.NonZero(self.op.Squeeze(mask, self.ints(1))), perm=[1, 0])
 
     def cast(self, x: Value, to: int) -> Value:
         return x if x.dtype is not None and int(x.dtype) == to else self.typed(self.op.Cast(x, to=to), to)

@@ -12,8 +12,7 @@ def owned(graph: Graph, rows: Value, starts: Value, counts: Value, g: int) -> Va
     """[T, 1] bool: the rows of group g; rows is a tensor [T, *]."""
     op, group = graph.op, graph.constant(torch.tensor([g]))
     start = op.Gather(starts, group)
-    height = op.Squeeze(op.Shape(rows, start=0, end=1))
-    numbers = op.Range(graph.constant(torch.tensor(0)), height, graph.constant(torch.tensor(1)))
+    numbers = graph.counted(rows)
     behind = op.Less(numbers, op.Add(start, op.Gather(counts, group)))
     return op.Unsqueeze(op.And(op.Not(op.Less(numbers, start)), behind), graph.ints(1))
 
@@ -33,7 +32,7 @@ def m_grouped(
         if dense:
             total = op.Where(own, stored.times(rows, weight), total)
         else:
-            tokens = op.Transpose(op.NonZero(op.Squeeze(own, graph.ints(1))), perm=[1, 0])
+            tokens = graph.rows_of(own)
             total = op.ScatterND(total, tokens, stored.times(op.GatherND(rows, tokens), weight))
     return total
 

@@ -16,7 +16,7 @@ class ExportReport:
 
     path: Path
     target: str | None
-    why: str  # this mode and form
+    why: str  # the target has this mode and form; empty where the caller chose
     mode: str
     moe: str
     activations: str
@@ -33,7 +33,7 @@ class ExportReport:
         from rich.table import Table
 
         table = Table(title=str(self.path), show_header=False)
-        table.add_row("target", f"{self.target}: {self.why}" if self.target else "any")
+        table.add_row("target", ": ".join(part for part in (self.target, self.why) if part) or "any")
         table.add_row("mode, experts, activations", f"{self.mode}, {self.moe}, {self.activations}")
         table.add_row("opset, IR", f"{self.opset}, {self.ir}")
         table.add_row("size", _megabytes(self.bytes))

@@ -71,8 +71,7 @@ def permute(
     most = op.Add(count, op.Mul(op.Min(count, graph.ints(num_experts)), graph.ints(alignment - 1)))
     rows = op.Mul(op.Div(most, step), step)  # permuted_rows
     target = op.Unsqueeze(op.Where(kept, row, rows), graph.ints(1))  # dropped slots: one row too many
-    numbers = op.Range(zero, op.Squeeze(count), one)
-    token = op.Div(numbers, graph.constant(torch.tensor(topk)))
+    token = op.Div(graph.counted(slots), graph.constant(torch.tensor(topk)))
 
     def moved(data: Value, to: int | None = None) -> Value:
         data = data if to is None else op.Cast(data, to=FLOAT)  # no operator moves FP8, and all of it is in float32

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,8 +51,13 @@ class Target:
 
     def operators(self) -> dict[str, Any]:
         """What its runtime is known to take: operators/<name>.json."""
-        file = resources.files("moekern.onnx") / "operators" / f"{self.name}.json"
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _operators(self.name)
+
+
+@functools.cache
+def _operators(name: str) -> dict[str, Any]:
+    file = resources.files("moekern.onnx") / "operators" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 TARGETS = {
@@ -116,7 +123,7 @@ TARGETS = {
             "fp8-qdq",
             "sparse",
             21,
-            "the FP8 bytes as they are, which its CPU plugin decompresses, and every expert for its own tokens alone",
+            "the FP8 bytes as they are, dequantised layer by layer, and every expert for its own tokens alone",
             {"ort-contrib": _ORT_ONLY, "contrib": _ORT_ONLY},
         ),
         Target(
@@ -215,6 +222,6 @@ def _spelt(dtype: Any) -> str:
 
 def _module(node: Any) -> str:
     """The module that a node was made for, as torch.onnx notes it."""
-    scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
-    path = [scope for scope in json.loads(scopes.replace("'", '"'))[:-1] if scope] if scopes else []
+    scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    path = [scope for scope in scopes[:-1] if scope]
     return path[-1] if path else "the model"

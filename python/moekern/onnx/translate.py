@@ -15,8 +15,7 @@ from moekern.onnx.experts import Expert, Gating, Network, experts_of
 from moekern.onnx.forms import Routed
 from moekern.onnx.graph import BF16, FLOAT, Graph, Value
 from moekern.onnx.program import Program
-from moekern.onnx.weights import BLOCKS_SINCE, Stored, Weight, one
-from moekern.op import NotSupported
+from moekern.onnx.weights import Stored, Weight, one
 from moekern.scaled import BLOCK, ScaledTensor
 
 
@@ -181,10 +180,9 @@ class Translation:
         if reduce and not apply_router_weight_on_input:
             total = Routed(graph, network, rows, here, topk, factors).apply(routed, self.moe)
         else:  # slots, each with a row of its own
-            first, count = graph.constant(torch.tensor(0)), op.Squeeze(op.Size(here))
-            token = op.Div(op.Range(first, count, graph.constant(torch.tensor(1))), graph.constant(torch.tensor(topk)))
             column = graph.ints(-1, 1)
             slot_ids = graph.typed(op.Reshape(here, column), int(here.dtype))
+            token = op.Div(graph.counted(slot_ids), graph.constant(torch.tensor(topk)))
             on_input = op.Reshape(factors, column) if factors is not None and apply_router_weight_on_input else None
             slots = Routed(graph, network, op.Gather(rows, token), slot_ids, 1, None, on_input)
             total = slots.apply(routed, self.moe)
@@ -206,8 +204,6 @@ class Translation:
         """Activations [T, K] in the products' type: float ones, or the values of FP8 ones."""
         if sa is None and not quantise:
             return self._work(a)
-        if self.graph.opset < BLOCKS_SINCE:
-            raise NotSupported(f"ONNX export has FP8 activations from opset {BLOCKS_SINCE} on, not {self.graph.opset}")
         k = int(a.shape[1])
         pair = (a, sa) if sa is not None else casts.per_token(self.graph, self.graph.cast(a, FLOAT), k)
         values = casts.dequantized(self.graph, *pair, k, block if sa is not None else (1, BLOCK))

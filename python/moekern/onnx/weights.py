@@ -26,7 +26,6 @@ from moekern.scaled import BLOCK, ScaledTensor
 EXACT = ("fp8-qdq", "uint8-lut")
 MODES = (*EXACT, "int8-qdq", "fp16", "bf16", "ort-contrib")
 _ROWS = 1024  # a multiple of the blocks that there are
-BLOCKS_SINCE = 21  # opset of DequantizeLinear's block_size
 
 
 class Weight(NamedTuple):
