@@ -1,0 +1,85 @@
+"""FP8 in integer arithmetic: the same bits on every device and in the interpreter, whose own casts drop carries."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+_INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def decode(code, FORMAT: tl.constexpr):
+    """uint8 -> float16, exactly, subnormals and NaN too: float16 has their exponents, 8 binades from its own bias or 7."""
+    bits = code.to(tl.uint16)
+    if FORMAT == "e5m2":
+        return (bits << 8).to(tl.float16, bitcast=True)
+    magnitude = bits & 0x7F
+    value = (magnitude << 7 | (bits & 0x80) << 8).to(tl.float16, bitcast=True)
+    nan = tl.full(code.shape, 0x7E00, tl.uint16).to(tl.float16, bitcast=True)
+    if FORMAT == "e4m3fn":
+        return tl.where(magnitude == 0x7F, nan, value * 256.0)
+    return tl.where(bits == 0x80, nan, value * 128.0)
+
+
+@triton.jit
+def encode(x, FORMAT: tl.constexpr):
+    """float32 -> uint8: nearest, ties to even, saturating; NaN stays NaN."""
+    M: tl.constexpr = 2 if FORMAT == "e5m2" else 3
+    BIAS: tl.constexpr = 15 if FORMAT == "e5m2" else 7 if FORMAT == "e4m3fn" else 8
+    MOST: tl.constexpr = 57344.0 if FORMAT == "e5m2" else 448.0 if FORMAT == "e4m3fn" else 240.0
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    absolute = bits & 0x7FFFFFFF
+    nan = absolute > 0x7F800000
+    size = tl.where(nan, 0.0, tl.minimum(absolute.to(tl.float32, bitcast=True), MOST))
+    kept = size.to(tl.uint32, bitcast=True)
+    # normal: round where the mantissa ends, and move the exponent
+    half: tl.constexpr = (1 << (22 - M)) - 1
+    normal = ((kept + half + ((kept >> (23 - M)) & 1)) >> (23 - M)) - ((127 - BIAS) << M)
+    # subnormal: added to a number whose last bit is the format's smallest, the sum is rounded by the addition
+    magic: tl.constexpr = 1 - BIAS - M + 23 + 127
+    anchor = tl.full(x.shape, magic << 23, tl.uint32)
+    small = (size + anchor.to(tl.float32, bitcast=True)).to(tl.uint32, bitcast=True) - anchor
+    code = tl.where(kept < ((128 - BIAS) << 23), small, normal)
+    if FORMAT == "e4m3fnuz":
+        code = tl.where(code == 0, 0, code | sign)  # no negative zero
+        return tl.where(nan, 0x80, code).to(tl.uint8)
+    quiet: tl.constexpr = 0x7E if FORMAT == "e5m2" else 0x7F
+    return (tl.where(nan, quiet, code) | sign).to(tl.uint8)
+
+
+@triton.jit
+def rounded_up(scale):
+    """To a power of two, where it is finite."""
+    bits = scale.to(tl.uint32, bitcast=True)
+    up = ((bits + 0x7FFFFF) & 0xFF800000).to(tl.float32, bitcast=True)
+    return tl.where(bits < 0x7F800000, up, scale)
+
+
+@triton.jit
+def load_scale(pointer, mask, UE8M0: tl.constexpr):
+    """Scales in float32, 0 where masked."""
+    if UE8M0:  # an exponent; 0 is 2^-127, a subnormal, and 255 NaN
+        e = tl.load(pointer, mask=mask, other=127).to(tl.uint32)
+        bits = tl.where(e == 255, 0x7FC00000, tl.where(e == 0, 0x00400000, e << 23))
+        return tl.where(mask, bits.to(tl.float32, bitcast=True), 0.0)
+    return tl.load(pointer, mask=mask, other=0.0)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 in the type of a result, to nearest even; the interpreter cuts bfloat16 off."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        nan = (bits & 0x7FFFFFFF) > 0x7F800000
+        return tl.where(nan, 0x7FC0, up).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def dot(left, right):
+    """The matrix instruction, summed in float32; the interpreter takes bfloat16 for integers."""
+    if _INTERPRETED and left.dtype == tl.bfloat16:
+        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    return tl.dot(left, right, input_precision="ieee")
