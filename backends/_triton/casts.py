@@ -94,8 +94,10 @@ def dequantize_kernel(
     j = (tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)).to(tl.int64)
     inside = (i < rows)[:, None] & (j < columns)[None, :]
     code = tl.load(data + i[:, None] * data_row + j[None, :] * data_column, mask=inside, other=0)
-    where = (i // block_rows)[:, None] * scale_row + (j // block_columns)[None, :] * scale_column
-    values = decode(code, FORMAT).to(tl.float32) * load_scale(scale + where, inside, UE8M0)
+    si, sj = tl.minimum(i, rows - 1) // block_rows, tl.minimum(j, columns - 1) // block_columns
+    values = decode(code, FORMAT).to(tl.float32) * load_scale(
+        scale + si[:, None] * scale_row + sj[None, :] * scale_column, UE8M0
+    )
     tl.store(
         out + i[:, None] * out_row + j[None, :] * out_column, rounded(values, out.dtype.element_ty), mask=inside
     )

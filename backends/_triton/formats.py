@@ -57,13 +57,19 @@ def rounded_up(scale):
 
 
 @triton.jit
-def load_scale(pointer, mask, UE8M0: tl.constexpr):
-    """Scales in float32, 0 where masked."""
+def to_fnuz(code):
+    """e4m3fn as e4m3fnuz of half the value: the same bits, but for -0, which has none, and NaN. uint8 -> float8e4b8."""
+    code = tl.where(code == 0x80, 0, code)
+    return tl.where((code & 0x7F) == 0x7F, 0x80, code).to(tl.uint8).to(tl.float8e4b8, bitcast=True)
+
+
+@triton.jit
+def load_scale(pointer, UE8M0: tl.constexpr):
+    """Scales in float32."""
     if UE8M0:  # an exponent; 0 is 2^-127, a subnormal, and 255 NaN
-        e = tl.load(pointer, mask=mask, other=127).to(tl.uint32)
-        bits = tl.where(e == 255, 0x7FC00000, tl.where(e == 0, 0x00400000, e << 23))
-        return tl.where(mask, bits.to(tl.float32, bitcast=True), 0.0)
-    return tl.load(pointer, mask=mask, other=0.0)
+        e = tl.load(pointer).to(tl.uint32)
+        return tl.where(e == 255, 0x7FC00000, tl.where(e == 0, 0x00400000, e << 23)).to(tl.float32, bitcast=True)
+    return tl.load(pointer)
 
 
 @triton.jit
@@ -78,8 +84,20 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _to_float32(x):
+    """In the interpreter, which takes bfloat16 for integers and an FP8 NaN for a number."""
+    if x.dtype == tl.float8e4nv:
+        x = decode(x.to(tl.uint8, bitcast=True), "e4m3fn")
+    elif x.dtype == tl.float8e4b8:
+        x = decode(x.to(tl.uint8, bitcast=True), "e4m3fnuz")
+    elif x.dtype == tl.float8e5:
+        x = decode(x.to(tl.uint8, bitcast=True), "e5m2")
+    return x.to(tl.float32)
+
+
+@triton.jit
 def dot(left, right):
-    """The matrix instruction, summed in float32; the interpreter takes bfloat16 for integers."""
-    if _INTERPRETED and left.dtype == tl.bfloat16:
-        return tl.dot(left.to(tl.float32), right.to(tl.float32), input_precision="ieee")
+    """The matrix instruction, summed in float32."""
+    if _INTERPRETED:
+        left, right = _to_float32(left), _to_float32(right)
     return tl.dot(left, right, input_precision="ieee")

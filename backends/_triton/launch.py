@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 from moekern.backends._triton.targets import Target
 
 _POINTERS = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -36,12 +37,15 @@ class Launch:
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 2
+    fp_fusion: bool = True  # whether a product and a sum may be rounded once
+
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
 
     def run(self) -> None:
         """On the device of its tensors; in the interpreter on the CPU, if TRITON_INTERPRET was set before Triton came."""
         if all(self.grid):
-            options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-            self.kernel[self.grid](**self.arguments, **self.constants, **options)
+            self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
     def compile(self, target: Target) -> Any:
         """Ahead of time, for a device that need not be here: Triton's CompiledKernel."""
@@ -63,10 +67,8 @@ class Launch:
                     attributes[(i,)] = [["tt.divisibility", _ALIGNED]]
         signature |= dict.fromkeys(self.constants, "constexpr")
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return triton.compile(
-            source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
-        )
+        device = GPUTarget(target.backend, target.arch, target.warp_size)
+        return triton.compile(source, target=device, options=self.options())
 
 
 def strides(name: str, x: torch.Tensor) -> dict[str, int]:

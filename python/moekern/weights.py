@@ -25,11 +25,12 @@ class GroupedWeights:
     Raises ValueError or TypeError naming the group.
     """
 
-    __slots__ = ("block", "data", "scale", "table")
+    __slots__ = ("block", "data", "places", "scale", "table")
 
     data: tuple[torch.Tensor, ...]
     scale: tuple[torch.Tensor, ...]
     block: tuple[int, int]
+    places: Any  # the same on a device, made there by the first kernel that wants it
     table: object | None  # addresses for native kernels; None of fake and other subclasses, and under a compiler
 
     def __init__(self, groups: Sequence[ScaledTensor | tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -53,7 +54,7 @@ class GroupedWeights:
     def _keep(
         self, data: list[torch.Tensor], scale: list[torch.Tensor], block: tuple[int, int], op: str, name: str
     ) -> None:
-        self.data, self.scale, self.block = tuple(data), tuple(scale), block
+        self.data, self.scale, self.block, self.places = tuple(data), tuple(scale), block, None
         plain = type(data[0]) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
         self.table = _C.weight_table(op, name, data, scale, *block) if plain else None
 

@@ -1,0 +1,233 @@
+"""One tile of a product of FP8 operands, for every kernel that multiplies: dense, grouped, experts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moekern.backends._triton.formats import decode, dot, load_scale, rounded, to_fnuz
+from moekern.backends._triton.targets import Target
+from moekern.backends._triton.tiles import Tiles
+from moekern.scaled import BLOCK, ScaledTensor
+
+LEAST_STEP = 16  # columns of k: what the matrix instructions take at least
+
+
+@triton.jit
+def load_operand(at, inside, FORMAT: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr):
+    """A tile as the matrix instruction takes it: FP8 as it is or as fnuz, or decoded, which is exact; floats as they are."""
+    zero: tl.constexpr = 0.0 if FORMAT == "" or NATIVE == "same" else 0
+    value = tl.load(at) if EVEN else tl.load(at, mask=inside, other=zero)
+    if FORMAT == "":
+        value = value.to(TO)
+    elif NATIVE == "fnuz":
+        value = to_fnuz(value)
+    elif NATIVE == "":
+        value = decode(value, FORMAT).to(TO)
+    return value
+
+
+@triton.jit
+def multiply(
+    x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last,
+    x_factor, y_factor, X: tl.constexpr, Y: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr,
+    X_UE8M0: tl.constexpr, Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr,
+    EVEN: tl.constexpr, STEP: tl.constexpr, FACTORS: tl.constexpr,
+):  # fmt: skip
+    """The sum of x y^T over the columns first .. last of k, [P, Q] float32, where x [P] and y [Q] point to rows. Every
+    STEP columns, which have one scale a row, their product joins the sum. first and last are int64.
+
+    x_scale and y_scale point to the scales of rows, or, without X_SCALES and Y_SCALES, to the one of all rows.
+    FACTORS: rows are multiplied by x_factor [P] and y_factor [Q], powers of two, first.
+    """
+    step = tl.arange(0, STEP)
+    x_at = x[:, None] + (first + step)[None, :] * x_step
+    y_at = y[None, :] + (first + step)[:, None] * y_step
+    sums = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
+    for start in tl.range(first, last, STEP, num_stages=1 if FACTORS else None):
+        inside = step < last - start
+        left = load_operand(x_at, inside[None, :], X, NATIVE, TO, EVEN)
+        right = load_operand(y_at, inside[:, None], Y, NATIVE, TO, EVEN)
+        if X != "":
+            scale_x = load_scale(x_scale + start // x_block * x_scale_step, X_UE8M0)
+            if X_SCALES:
+                scale_x = scale_x[:, None]
+            if FACTORS:
+                scale_x = scale_x * x_factor[:, None]
+        elif FACTORS:
+            left = rounded(left.to(tl.float32) * x_factor[:, None], TO)
+        if Y != "":
+            scale_y = load_scale(y_scale + start // y_block * y_scale_step, Y_UE8M0)
+            if Y_SCALES:
+                scale_y = scale_y[None, :]
+            if FACTORS:
+                scale_y = scale_y * y_factor[None, :]
+        elif FACTORS:
+            right = rounded(right.to(tl.float32) * y_factor[None, :], TO)
+        if X == "":
+            if TO == tl.float32:  # whose values times 448 may be beyond float32
+                sums += dot(left, right * scale_y)
+            else:
+                sums += dot(left, right) * scale_y
+        elif Y == "":
+            if TO == tl.float32:
+                sums += dot(left * scale_x, right)
+            else:
+                sums += dot(left, right) * scale_x
+        else:  # scales first: the sum times one of them may overflow where they are far apart
+            sums += dot(left, right) * (scale_x * scale_y)
+        x_at += STEP * x_step
+        y_at += STEP * y_step
+    return sums * 4.0 if NATIVE == "fnuz" else sums
+
+
+@triton.jit
+def exponent(
+    x, x_step, x_scale, x_scale_step, x_block, first, last,
+    X: tl.constexpr, X_SCALES: tl.constexpr, X_UE8M0: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """That of the largest finite scale of every row of an operand, or of its largest number: -126 .. 127, [P] int32."""
+    largest = tl.zeros((x.shape[0],), tl.int32)
+    for start in tl.range(first, last, STEP, num_stages=1):
+        if X != "":
+            scale = load_scale(x_scale + start // x_block * x_scale_step, X_UE8M0)
+            size = tl.broadcast_to(scale, (x.shape[0],)).to(tl.int32, bitcast=True) & 0x7F800000
+            largest = tl.maximum(largest, tl.where(size == 0x7F800000, 0, size))
+        else:
+            step = start + tl.arange(0, STEP)
+            value = tl.load(x[:, None] + step[None, :] * x_step, mask=(step < last)[None, :], other=0.0)
+            size = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+            largest = tl.maximum(largest, tl.max(tl.where(size == 0x7F800000, 0, size), 1))
+    return tl.where(largest == 0, 0, (largest >> 23) - 127)
+
+
+@triton.jit
+def power(e, dtype: tl.constexpr):
+    """2^e, for e in -126 .. 127."""
+    return ((e + 127) << 23).to(tl.float32, bitcast=True).to(dtype)
+
+
+@triton.jit
+def product(
+    x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last,
+    X: tl.constexpr, Y: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr,
+    X_UE8M0: tl.constexpr, Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr,
+    EVEN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """As `multiply`. Where float32 overflows on the way, the rows are multiplied once more, by powers of two that keep
+    them far from it. WIDE: in float64, so that what is too large for float32 here may still cancel.
+    """
+    one_x, one_y = tl.full((x.shape[0],), 1.0, tl.float32), tl.full((y.shape[0],), 1.0, tl.float32)
+    sums = multiply(
+        x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last, one_x, one_y,
+        X, Y, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, STEP, False,
+    )  # fmt: skip
+    total = sums.to(tl.float64) if WIDE else sums
+    largest = tl.max(tl.max(sums.to(tl.int32, bitcast=True) & 0x7F800000, 1), 0)
+    if largest == 0x7F800000:
+        REST: tl.constexpr = min(STEP, 32)  # fewer registers: this is rare
+        x_exponent = exponent(x, x_step, x_scale, x_scale_step, x_block, first, last, X, X_SCALES, X_UE8M0, EVEN, REST)
+        y_exponent = exponent(y, y_step, y_scale, y_scale_step, y_block, first, last, Y, Y_SCALES, Y_UE8M0, EVEN, REST)
+        sums = multiply(
+            x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last,
+            power(tl.maximum(-x_exponent, -126), tl.float32), power(tl.maximum(-y_exponent, -126), tl.float32),
+            X, Y, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, REST, True,
+        )  # fmt: skip
+        back = power(tl.minimum(x_exponent, 126), tl.float64)[:, None] * power(tl.minimum(y_exponent, 126), tl.float64)
+        total = (sums.to(tl.float64) * back).to(total.dtype)
+    return total
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product, as a kernel takes it: rows of k."""
+
+    data: torch.Tensor
+    scale: torch.Tensor  # of a float operand: data again, which nobody reads
+    block: tuple[int, int]
+    format: str  # "" for floats
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """The kernel's arguments for it: pointers, strides of the last two dimensions, the scale's block."""
+        data, scale = self.data, self.scale
+        return {
+            name: data,
+            f"{name}_scale": scale,
+            f"{name}_row": data.stride(-2),
+            f"{name}_step": data.stride(-1),
+            f"{name}_scale_row": scale.stride(-2),
+            f"{name}_scale_step": scale.stride(-1),
+            f"{name}_block_rows": self.block[0],
+            f"{name}_block": self.block[1],
+        }
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both operands of a product, and how a target multiplies them."""
+
+    a: Operand
+    b: Operand
+    k: int
+    step: int
+    native: str  # "same": FP8 units take both as they are; "fnuz": as e4m3fnuz; "": they are decoded
+    to: Any  # the type that decoded and float operands have in the matrix instruction
+
+    def constants(self, tiles: Tiles) -> dict[str, Any]:
+        return {
+            "A": self.a.format,
+            "B": self.b.format,
+            "A_UE8M0": _ue8m0(self.a),
+            "B_UE8M0": _ue8m0(self.b),
+            "NATIVE": self.native,
+            "TO": self.to,
+            "STEP": min(self.step, tiles.depth),
+        }
+
+
+def pair(target: Target, a: Any, b: Any, k: int) -> Pair:
+    """a, b: ScaledTensor or float tensor; matrices, or stacks of them."""
+    formats = [x.format if isinstance(x, ScaledTensor) else "" for x in (a, b)]
+    native = ""
+    if formats[0] == formats[1] and formats[0] in target.native:
+        native = "same"
+    elif formats == ["e4m3fn", "e4m3fn"] and "e4m3fnuz" in target.native:
+        native = "fnuz"
+    floats = [x.dtype for x in (a, b) if not isinstance(x, ScaledTensor)]
+    to = _TYPES[floats[0]] if floats else tl.float16
+    left, right = (
+        _operand(x, format, native == "same") for x, format in zip((a, b), formats, strict=True)
+    )
+    return Pair(left, right, k, step_of(k, a, b), native, to)
+
+
+_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def _operand(x: Any, format: str, native: bool) -> Operand:
+    if not format:
+        return Operand(x, x, (1, 1), "")
+    scale = x.scale if x.scale.dtype == torch.float32 else x.scale.view(torch.uint8)
+    return Operand(x.data if native else x.data.view(torch.uint8), scale, x.block, format)
+
+
+def _ue8m0(x: Operand) -> bool:
+    return x.format != "" and x.scale.dtype == torch.uint8
+
+
+def step_of(k: int, *operands: Any) -> int:
+    """The most columns, up to 128, in which no scale changes: a power of two."""
+    blocks = [x.block[1] for x in operands if isinstance(x, ScaledTensor)]
+    return math.gcd(BLOCK, *(block for block in blocks if block < k))
+
+
+def refuses_scales(k: int, *operands: Any) -> str | None:
+    if step_of(k, *operands) < LEAST_STEP:
+        blocks = " and ".join(str(x.block[1]) for x in operands if isinstance(x, ScaledTensor))
+        return f"takes scales of multiples of {LEAST_STEP} columns; these are of {blocks}"
+    return None
