@@ -12,10 +12,10 @@ import triton.language as tl
 from moekern.backends._triton.formats import rounded
 from moekern.backends._triton.launch import Launch
 from moekern.backends._triton.order import group_of, rasterised, rows_of_groups
-from moekern.backends._triton.product import pair, product, refuses_scales
+from moekern.backends._triton.product import Pair, pair, product, refuses_scales
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Shape, Tiles
-from moekern.backends._triton.weights import of_weights
+from moekern.backends._triton.weights import Places, of_weights
 from moekern.layout import GroupedLayout
 from moekern.scaled import ScaledTensor
 from moekern.weights import GroupedWeights
@@ -25,13 +25,13 @@ from moekern.weights import GroupedWeights
 def m_grouped_kernel(
     a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_block, a_group, a_scale_group,
     b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows, b_block,
-    b_group, b_table, b_scale_group, b_scale_table, starts, counts, groups, rows, out, out_group, out_row, out_column,
+    b_group, b_table, b_scale_group, b_scale_table, bias, bias_step, bias_table, starts, counts, groups, rows, out, out_group, out_row, out_column,
     n, k, A: tl.constexpr, B: tl.constexpr, A_UE8M0: tl.constexpr, B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr, MASKED: tl.constexpr,
-    TABLE: tl.constexpr, ALIGNED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SWAP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """D[i] = cast(A[i] B[g]^T) for the rows of every group. rows: of the operand, or of a group's slots if MASKED."""
+    """D[i] = cast(bias[g] + A[i] B[g]^T) for the rows of every group. rows: of the operand, or of a group's slots if MASKED."""
     starts_of, counts_of = rows_of_groups(starts, counts, groups, rows, MASKED, GROUPS)
     heights = tl.cdiv(counts_of, ROWS)
     tiles_n = tl.cdiv(n, COLUMNS)
@@ -72,6 +72,8 @@ def m_grouped_kernel(
                 first, last, A, B, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
             )  # fmt: skip
             i, j = i[:, None], j[None, :]
+        if HAS_BIAS:
+            sums += tl.load(bias + tl.load(bias_table + group) + j * bias_step, mask=j < n, other=0.0).to(tl.float32)
         at = out + group * out_group + (start + i) * out_row + j * out_column
         tl.store(at, rounded(sums, out.dtype.element_ty), mask=(i < count) & (j < n))
 
@@ -123,56 +125,64 @@ def m_grouped(
     groups, n, k = b.shape
     if not groups:
         return []
-    first, data, scale = of_weights(b)
+    first, *places = of_weights(b)
     operands = pair(target, a, first, k)
-    masked = out.dim() == 3
-    rows = out.shape[-2]
-    tiles = choose(
-        target, Shape(rows if masked else triton.cdiv(rows, groups), n, k, groups, 8 * operands.a.data.element_size())
-    )
+    rows = out.shape[-2] if out.dim() == 3 else triton.cdiv(out.shape[0], groups)
+    tiles = choose(target, Shape(rows, n, k, groups, 8 * operands.a.data.element_size()))
+    return [group_product(target, tiles, operands, (places[0], places[1]), layout.starts, layout.counts, groups, out)]
+
+
+def group_product(
+    target: Target, tiles: Tiles, operands: Pair, places: tuple[Places, Places], starts: torch.Tensor,
+    counts: torch.Tensor, groups: int, out: torch.Tensor, bias: tuple[torch.Tensor, Places] | None = None,
+) -> Launch:  # fmt: skip
+    """places: of the data and scales of b's matrices. bias: the first group's, and where all are."""
+    left, k = operands.a, operands.k
+    masked, rows, n = out.dim() == 3, out.shape[-2], out.shape[-1]
     heights = groups * triton.cdiv(rows, tiles.rows) if masked else triton.cdiv(rows, tiles.rows) + groups
-    left = operands.a
-    block = operands.b.block[0]
     most = heights * triton.cdiv(n, tiles.columns) if rows else 0
-    return [
-        Launch(
-            m_grouped_kernel,
-            (min(most, target.processors),),
-            {
-                **left.arguments("a"),
-                "a_group": left.data.stride(0) if masked else 0,
-                "a_scale_group": left.scale.stride(0) if masked else 0,
-                **operands.b.arguments("b"),
-                **data.arguments("b", layout.counts),
-                **scale.arguments("b_scale", layout.counts),
-                "starts": layout.starts,
-                "counts": layout.counts,
-                "groups": groups,
-                "rows": rows,
-                "out": out,
-                "out_group": out.stride(0) if masked else 0,
-                "out_row": out.stride(-2),
-                "out_column": out.stride(-1),
-                "n": n,
-                "k": k,
-            },
-            {
-                **operands.constants(tiles),
-                "EVEN": k % operands.step == 0,
-                "ONE_B_SCALE": block >= n or block % tiles.columns == 0,
-                "MASKED": masked,
-                "TABLE": data.table is not None,
-                "ALIGNED": data.aligned,
-                "GROUPS": triton.next_power_of_2(groups),
-                "ROWS": tiles.rows,
-                "COLUMNS": tiles.columns,
-                "SWAP": tiles.swap,
-                "GROUP": tiles.group,
-            },
-            num_warps=tiles.warps,
-            num_stages=tiles.stages,
-        )
-    ]
+    block = operands.b.block[0]
+    return Launch(
+        m_grouped_kernel,
+        (min(most, target.processors),),
+        {
+            **left.arguments("a"),
+            "a_group": left.data.stride(0) if masked else 0,
+            "a_scale_group": left.scale.stride(0) if masked else 0,
+            **operands.b.arguments("b"),
+            **places[0].arguments("b", counts),
+            **places[1].arguments("b_scale", counts),
+            "bias": counts if bias is None else bias[0],
+            "bias_step": 1 if bias is None else bias[0].stride(0),
+            "bias_table": counts if bias is None else bias[1].table,
+            "starts": starts,
+            "counts": counts,
+            "groups": groups,
+            "rows": rows,
+            "out": out,
+            "out_group": out.stride(0) if masked else 0,
+            "out_row": out.stride(-2),
+            "out_column": out.stride(-1),
+            "n": n,
+            "k": k,
+        },
+        {
+            **operands.constants(tiles),
+            "EVEN": k % operands.step == 0,
+            "ONE_B_SCALE": block >= n or block % tiles.columns == 0,
+            "MASKED": masked,
+            "TABLE": places[0].table is not None,
+            "ALIGNED": places[0].aligned,
+            "HAS_BIAS": bias is not None,
+            "GROUPS": triton.next_power_of_2(groups),
+            "ROWS": tiles.rows,
+            "COLUMNS": tiles.columns,
+            "SWAP": tiles.swap,
+            "GROUP": tiles.group,
+        },
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
 
 
 def refuses_k_grouped(

@@ -49,6 +49,7 @@ class ExpertWeights:
 
     alive: ClassVar[WeakValueDictionary[int, ExpertWeights]] = WeakValueDictionary()  # by id(tensors[0])
     table: object  # addresses for native kernels; None under a compiler, which has none
+    places: Any = None  # the same on a device, made there by the first kernel that wants it
 
     def __init__(
         self,
