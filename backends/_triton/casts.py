@@ -53,7 +53,7 @@ def cast_kernel(
 
 
 def cast(x: torch.Tensor, round_scale_up: bool, out: ScaledTensor, gated: bool) -> Launch:
-    """Of a prepared call. out.block says which cast."""
+    """out.block says which cast."""
     rows, columns = out.shape
     block = (out.block[0], out.block[1])
     tile = ROWS[block], COLUMNS[block]
@@ -83,6 +83,16 @@ def cast(x: torch.Tensor, round_scale_up: bool, out: ScaledTensor, gated: bool) 
     )
 
 
+def to_fp8(x: torch.Tensor, format: str, round_scale_up: bool, out: ScaledTensor) -> list[Launch]:
+    """Of a prepared call."""
+    return [cast(x, round_scale_up, out, gated=False)]
+
+
+def silu_mul_to_fp8(x: torch.Tensor, format: str, round_scale_up: bool, out: ScaledTensor) -> list[Launch]:
+    """Of a prepared call."""
+    return [cast(x, round_scale_up, out, gated=True)]
+
+
 @triton.jit
 def dequantize_kernel(
     data, scale, out, rows, columns, block_rows, block_columns, data_row, data_column, scale_row, scale_column,
@@ -98,29 +108,30 @@ def dequantize_kernel(
     values = decode(code, FORMAT).to(tl.float32) * load_scale(
         scale + si[:, None] * scale_row + sj[None, :] * scale_column, UE8M0
     )
-    tl.store(
-        out + i[:, None] * out_row + j[None, :] * out_column, rounded(values, out.dtype.element_ty), mask=inside
-    )
+    tl.store(out + i[:, None] * out_row + j[None, :] * out_column, rounded(values, out.dtype.element_ty), mask=inside)
 
 
-def dequantize(x: ScaledTensor, out: torch.Tensor) -> Launch:
+def dequantize(x: ScaledTensor, out: torch.Tensor, out_dtype: Any = None) -> list[Launch]:
+    """Of a prepared call."""
     rows, columns = x.shape
     ue8m0 = x.scale.dtype not in (torch.float32,)
     scale = x.scale.view(torch.uint8) if ue8m0 else x.scale
-    return Launch(
-        dequantize_kernel,
-        (triton.cdiv(rows, _BACK[0]), triton.cdiv(columns, _BACK[1])),
-        {
-            "data": x.data.view(torch.uint8),
-            "scale": scale,
-            "out": out,
-            "rows": rows,
-            "columns": columns,
-            "block_rows": x.block[0],
-            "block_columns": x.block[1],
-            **strides("data", x.data),
-            **strides("scale", scale),
-            **strides("out", out),
-        },
-        {"FORMAT": FORMATS[x.data.dtype], "UE8M0": ue8m0, "TILE_ROWS": _BACK[0], "TILE_COLUMNS": _BACK[1]},
-    )
+    return [
+        Launch(
+            dequantize_kernel,
+            (triton.cdiv(rows, _BACK[0]), triton.cdiv(columns, _BACK[1])),
+            {
+                "data": x.data.view(torch.uint8),
+                "scale": scale,
+                "out": out,
+                "rows": rows,
+                "columns": columns,
+                "block_rows": x.block[0],
+                "block_columns": x.block[1],
+                **strides("data", x.data),
+                **strides("scale", scale),
+                **strides("out", out),
+            },
+            {"FORMAT": FORMATS[x.data.dtype], "UE8M0": ue8m0, "TILE_ROWS": _BACK[0], "TILE_COLUMNS": _BACK[1]},
+        )
+    ]

@@ -191,7 +191,9 @@ def fused_experts(
     for t in range(0, tokens, chunk):
         of_chunk = slice(t, min(t + chunk, tokens))
         space = Workspace(workspace, ids.device)
-        part = ScaledTensor(x.data[of_chunk], x.scale[of_chunk], x.block) if isinstance(x, ScaledTensor) else x[of_chunk]
+        part = (
+            ScaledTensor(x.data[of_chunk], x.scale[of_chunk], x.block) if isinstance(x, ScaledTensor) else x[of_chunk]
+        )
         written = out[of_chunk] if reduce else out[t * topk : of_chunk.stop * topk]
         launches += _chunk(
             target, choose, part, experts, ids[of_chunk], None if weights is None else weights[of_chunk], expert_map,
@@ -263,8 +265,15 @@ def _experts(
     return [
         _gate_up(target, choose, x, of, weights, rows, options, h),
         group_product(
-            target, choose(target, shape), down, of.down_places, rows.starts, rows.counts,
-            weights.num_experts, y, of.down_bias,
+            target,
+            choose(target, shape),
+            down,
+            of.down_places,
+            rows.starts,
+            rows.counts,
+            weights.num_experts,
+            y,
+            of.down_bias,
         ),
     ]
 

@@ -9,7 +9,7 @@ _INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 @triton.jit
 def decode(code, FORMAT: tl.constexpr):
-    """uint8 -> float16, exactly, subnormals and NaN too: float16 has their exponents, 8 binades from its own bias or 7."""
+    """uint8 -> float16, exactly, subnormals and NaN too: 8 (or 7) binades away, all are float16's by their bits."""
     bits = code.to(tl.uint16)
     if FORMAT == "e5m2":
         return (bits << 8).to(tl.float16, bitcast=True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import rounded
-from moekern.backends._triton.launch import Launch, strides
+from moekern.backends._triton.launch import Launch
 from moekern.backends._triton.order import rasterised
 from moekern.backends._triton.product import Pair, pair, product, refuses_scales
 from moekern.backends._triton.targets import Target

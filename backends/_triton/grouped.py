@@ -1,4 +1,4 @@
-"""The grouped products. Which rows are whose is known on the device only: grids are bounded by shapes, and persistent."""
+"""The grouped products. Which rows are whose only the device knows: shapes bound the grids, and programs persist."""
 
 from __future__ import annotations
 
@@ -25,13 +25,17 @@ from moekern.weights import GroupedWeights
 def m_grouped_kernel(
     a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_block, a_group, a_scale_group,
     b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows, b_block,
-    b_group, b_table, b_scale_group, b_scale_table, bias, bias_step, bias_table, starts, counts, groups, rows, out, out_group, out_row, out_column,
+    b_group, b_table, b_scale_group, b_scale_table, bias, bias_step, bias_table,
+    starts, counts, groups, rows, out, out_group, out_row, out_column,
     n, k, A: tl.constexpr, B: tl.constexpr, A_UE8M0: tl.constexpr, B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr, MASKED: tl.constexpr,
-    TABLE: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    SWAP: tl.constexpr, GROUP: tl.constexpr,
+    TABLE: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,     SWAP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """D[i] = cast(bias[g] + A[i] B[g]^T) for the rows of every group. rows: of the operand, or of a group's slots if MASKED."""
+    """D[i] = cast(bias[g] + A[i] B[g]^T) for the rows of every group.
+
+    rows: of the operand, or of a group's slots if MASKED.
+    """
     starts_of, counts_of = rows_of_groups(starts, counts, groups, rows, MASKED, GROUPS)
     heights = tl.cdiv(counts_of, ROWS)
     tiles_n = tl.cdiv(n, COLUMNS)

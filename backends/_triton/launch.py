@@ -43,7 +43,7 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
 
     def run(self) -> None:
-        """On the device of its tensors; in the interpreter on the CPU, if TRITON_INTERPRET was set before Triton came."""
+        """On the device of its tensors; in the interpreter on the CPU if TRITON_INTERPRET was set before the import."""
         if all(self.grid):
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 

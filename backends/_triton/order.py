@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def rasterised(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """(row, column) of a tile. GROUP rows of tiles go column by column, so that those in flight share operands in L2."""
+    """(row, column) of a tile. GROUP rows of tiles go column by column: those in flight share operands in L2."""
     first = tile // (GROUP * tiles_n) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     inner = tile % (GROUP * tiles_n)

@@ -20,7 +20,7 @@ LEAST_STEP = 16  # columns of k: what the matrix instructions take at least
 
 @triton.jit
 def load_operand(at, inside, FORMAT: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr):
-    """A tile as the matrix instruction takes it: FP8 as it is or as fnuz, or decoded, which is exact; floats as they are."""
+    """A tile as the matrix instruction takes it: FP8 as it is or as fnuz, or decoded, which is exact; or floats."""
     zero: tl.constexpr = 0.0 if FORMAT == "" or NATIVE == "same" else 0
     value = tl.load(at) if EVEN else tl.load(at, mask=inside, other=zero)
     if FORMAT == "":
@@ -200,9 +200,7 @@ def pair(target: Target, a: Any, b: Any, k: int) -> Pair:
         native = "fnuz"
     floats = [x.dtype for x in (a, b) if not isinstance(x, ScaledTensor)]
     to = _TYPES[floats[0]] if floats else tl.float16
-    left, right = (
-        _operand(x, format, native == "same") for x, format in zip((a, b), formats, strict=True)
-    )
+    left, right = (_operand(x, format, native == "same") for x, format in zip((a, b), formats, strict=True))
     return Pair(left, right, k, step_of(k, a, b), native, to)
 
 

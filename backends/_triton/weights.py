@@ -1,4 +1,4 @@
-"""Where the weights of groups lie: a stride for a stack, a table of distances for matrices that are tensors of their own."""
+"""Where the weights of groups lie: at a stride in a stack, in a table of distances if they are tensors of their own."""
 
 from __future__ import annotations
 

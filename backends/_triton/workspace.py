@@ -25,7 +25,7 @@ class Workspace:
         part = self._memory[self._used : self._used + count]
         if len(part) < count:
             raise ValueError(
-                f"fused_experts: workspace has {len(self._memory)} bytes; fused_experts_workspace says how many it takes"
+                f"fused_experts: workspace has {len(self._memory)} bytes; see moekern.fused_experts_workspace"
             )
         self._used += -(-count // self.ALIGNED) * self.ALIGNED
         return part.view(dtype).view(shape)
