@@ -25,13 +25,11 @@ _FILLED = 4096
 
 
 @triton.jit
-def expert_of(
-    ids, ids_row, ids_column, expert_map, map_step, mapped, slot, slots, topk, experts, HAS_MAP: tl.constexpr
-):
+def expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, slot, slots, topk, experts):
     """The expert here of every slot, -1 where it is none. An id that no expert has is -1."""
     at = (slot // topk).to(tl.int64) * ids_row + (slot % topk).to(tl.int64) * ids_column
     expert = tl.load(ids + at, mask=slot < slots, other=-1).to(tl.int64)
-    if HAS_MAP:
+    if expert_map is not None:
         known = (expert >= 0) & (expert < mapped)
         expert = tl.load(expert_map + expert * map_step, mask=known, other=-1).to(tl.int64)
     return tl.where((expert >= 0) & (expert < experts), expert, -1).to(tl.int32)
@@ -49,12 +47,12 @@ def earlier_alike(expert, SLOTS: tl.constexpr):
 
 
 @triton.jit
-def put(inverse, inverse_row, inverse_column, source, rows, slot, slots, topk, expert, row, HAS_SOURCE: tl.constexpr):
+def put(inverse, inverse_row, inverse_column, source, rows, slot, slots, topk, expert, row):
     """The row of every slot, and the slot of every row."""
     row = tl.where(expert >= 0, row, -1)
     at = (slot // topk).to(tl.int64) * inverse_row + (slot % topk).to(tl.int64) * inverse_column
     tl.store(inverse + at, row.to(tl.int32), mask=slot < slots)
-    if HAS_SOURCE:
+    if source is not None:
         tl.store(source + row, slot, mask=(row >= 0) & (row < rows))
 
 
@@ -62,16 +60,14 @@ def put(inverse, inverse_row, inverse_column, source, rows, slot, slots, topk, e
 def sort_kernel(
     ids, expert_map, starts, counts, inverse, source, slots, topk, experts, mapped, alignment, rows,
     ids_row, ids_column, map_step, starts_step, counts_step, inverse_row, inverse_column,
-    HAS_MAP: tl.constexpr, HAS_SOURCE: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """All of a sort of few slots, in one program."""
     i = tl.arange(0, CHUNK)
     bins = tl.arange(0, BINS)
     count = tl.zeros((BINS,), tl.int32)
     for first in range(0, slots, CHUNK):
-        expert = expert_of(
-            ids, ids_row, ids_column, expert_map, map_step, mapped, first + i, slots, topk, experts, HAS_MAP
-        )
+        expert = expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, first + i, slots, topk, experts)
         count += tl.histogram(expert, BINS, mask=expert >= 0)
     count = count.to(tl.int64)
     padded = (count + (alignment - 1)) // alignment * alignment
@@ -79,23 +75,21 @@ def sort_kernel(
     tl.store(starts + bins * starts_step, following, mask=bins < experts)
     tl.store(counts + bins * counts_step, count, mask=bins < experts)
     for first in range(0, slots, CHUNK):
-        expert = expert_of(
-            ids, ids_row, ids_column, expert_map, map_step, mapped, first + i, slots, topk, experts, HAS_MAP
-        )
+        expert = expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, first + i, slots, topk, experts)
         row = tl.gather(following, tl.maximum(expert, 0), 0) + earlier_alike(expert, CHUNK)
-        put(inverse, inverse_row, inverse_column, source, rows, first + i, slots, topk, expert, row, HAS_SOURCE)
+        put(inverse, inverse_row, inverse_column, source, rows, first + i, slots, topk, expert, row)
         following += tl.histogram(expert, BINS, mask=expert >= 0)
 
 
 @triton.jit
 def count_kernel(
     ids, expert_map, before, slots, topk, experts, mapped, ids_row, ids_column, map_step,
-    HAS_MAP: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """before[chunk, expert] = the slots of a chunk that are the expert's."""
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, slot, slots, topk, experts, HAS_MAP)
+    expert = expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, slot, slots, topk, experts)
     for first in range(0, experts, BINS):
         bins = first + tl.arange(0, BINS)
         count = tl.histogram(expert - first, BINS, mask=(expert >= first) & (expert < first + BINS))
@@ -133,16 +127,16 @@ def start_kernel(counts, starts, experts, alignment, counts_step, starts_step, B
 def place_kernel(
     ids, expert_map, before, starts, inverse, source, slots, topk, experts, mapped, rows,
     ids_row, ids_column, map_step, starts_step, inverse_row, inverse_column,
-    HAS_MAP: tl.constexpr, HAS_SOURCE: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """A slot's row: the expert's first, its slots of all earlier chunks, those of this chunk before it."""
     chunk = tl.program_id(0)
     slot = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, slot, slots, topk, experts, HAS_MAP)
+    expert = expert_of(ids, ids_row, ids_column, expert_map, map_step, mapped, slot, slots, topk, experts)
     here = expert >= 0
     row = tl.load(starts + expert.to(tl.int64) * starts_step, mask=here, other=0)
     row += tl.load(before + chunk.to(tl.int64) * experts + expert, mask=here, other=0) + earlier_alike(expert, CHUNK)
-    put(inverse, inverse_row, inverse_column, source, rows, slot, slots, topk, expert, row, HAS_SOURCE)
+    put(inverse, inverse_row, inverse_column, source, rows, slot, slots, topk, expert, row)
 
 
 @triton.jit
@@ -184,7 +178,6 @@ def sort(
     rows = 0 if source is None else len(source)
     steps = {**strides("ids", ids), "map_step": 0 if expert_map is None else expert_map.stride(0)}
     starts_step, counts_step = {"starts_step": starts.stride(0)}, {"counts_step": counts.stride(0)}
-    has = {"HAS_MAP": expert_map is not None}
     if slots <= _ONE_PROGRAM and num_experts <= _BINS:
         return [
             *launches,
@@ -205,12 +198,7 @@ def sort(
                     **counts_step,
                     **strides("inverse", inverse),
                 },
-                {
-                    **has,
-                    "HAS_SOURCE": source is not None,
-                    "CHUNK": _CHUNK,
-                    "BINS": max(triton.next_power_of_2(num_experts), _CHUNK),
-                },
+                {"CHUNK": _CHUNK, "BINS": max(triton.next_power_of_2(num_experts), _CHUNK)},
                 num_warps=_WARPS,
             ),
         ]
@@ -222,7 +210,7 @@ def sort(
             count_kernel,
             (chunks,),
             {**ids_and_map, "before": before, **sizes, **steps},
-            {**has, "CHUNK": _CHUNK, "BINS": min(max(triton.next_power_of_2(num_experts), _CHUNK), _BINS)},
+            {"CHUNK": _CHUNK, "BINS": min(max(triton.next_power_of_2(num_experts), _CHUNK), _BINS)},
         ),
         Launch(
             scan_kernel,
@@ -258,7 +246,7 @@ def sort(
                 **starts_step,
                 **strides("inverse", inverse),
             },
-            {**has, "HAS_SOURCE": source is not None, "CHUNK": _CHUNK},
+            {"CHUNK": _CHUNK},
             num_warps=_WARPS,
         ),
     ]

@@ -1,4 +1,4 @@
-"""What an architecture has matrix units for. Backends make one of what they probe; nothing is inferred from a name."""
+"""What an architecture has matrix units for, and how much a program may have of what is on the chip."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ class Target:
 
 
 _OCP = frozenset({"e4m3fn", "e5m2"})
-# Shared memory of a block: CUDA programming guide, table of compute capabilities; AMD CDNA3 and CDNA4 ISA guides (LDS).
-SM_80 = Target("cuda", 80, 32, 163 * 1024, 108)
-SM_89 = Target("cuda", 89, 32, 99 * 1024, 142, _OCP)
-SM_90 = Target("cuda", 90, 32, 227 * 1024, 132, _OCP)
-SM_100 = Target("cuda", 100, 32, 227 * 1024, 148, _OCP)
-SM_120 = Target("cuda", 120, 32, 99 * 1024, 170, _OCP)
-GFX942 = Target("hip", "gfx942", 64, 64 * 1024, 304, frozenset({"e4m3fnuz"}))
-GFX950 = Target("hip", "gfx950", 64, 160 * 1024, 256, _OCP)
-TARGETS = {target.name: target for target in (SM_80, SM_89, SM_90, SM_100, SM_120, GFX942, GFX950)}
+# Shared memory of a block, and units: CUDA C++ Programming Guide (compute capabilities) and the data sheets of A100,
+# L40S, H100 SXM, B200 and RTX 5090; AMD CDNA 3 and CDNA 4 ISA guides (LDS) and those of MI300X and MI355X.
+_KNOWN = (
+    Target("cuda", 80, 32, 163 * 1024, 108),
+    Target("cuda", 89, 32, 99 * 1024, 142, _OCP),
+    Target("cuda", 90, 32, 227 * 1024, 132, _OCP),
+    Target("cuda", 100, 32, 227 * 1024, 148, _OCP),
+    Target("cuda", 120, 32, 99 * 1024, 170, _OCP),
+    Target("hip", "gfx942", 64, 64 * 1024, 304, frozenset({"e4m3fnuz"})),
+    Target("hip", "gfx950", 64, 160 * 1024, 256, _OCP),
+)
+TARGETS = {target.name: target for target in _KNOWN}
+
+
+def native_formats(name: str) -> frozenset[str]:
+    """Of an architecture by its exact name: of a relative of a known one nothing is assumed, its kernels decode."""
+    return TARGETS[name].native if name in TARGETS else frozenset()

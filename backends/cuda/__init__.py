@@ -1,9 +1,14 @@
-"""NVIDIA GPUs. No kernels yet: devices are found, so that `moekern info` can name them."""
+"""NVIDIA GPUs: Triton kernels on what torch, CuPy and others have there."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from moekern.backends._triton import kernels
+from moekern.backends._triton.targets import Target, native_formats
+from moekern.backends.cuda import tiles
 from moekern.op import Device
 
 
@@ -16,7 +21,8 @@ def probe() -> list[Device] | str:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         arch = f"sm_{properties.major}{properties.minor}"
-        devices.append(Device("cuda", arch, index=index, name=properties.name))
+        features = kernels.features() | {f"fp8_{name}" for name in native_formats(arch)}
+        devices.append(Device("cuda", arch, features, index=index, name=properties.name))
     return devices
 
 
@@ -24,5 +30,23 @@ def torch_devices(device: Device) -> list[str]:
     return [f"cuda:{device.index}"]
 
 
+@functools.cache
+def target_of(where: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(where)
+    arch = 10 * properties.major + properties.minor
+    return Target(
+        "cuda",
+        arch,
+        properties.warp_size,
+        properties.shared_memory_per_block_optin,
+        properties.multi_processor_count,
+        native_formats(f"sm_{arch}"),
+    )
+
+
+FAMILY = kernels.Family("cuda", "cuda", target_of, tiles.choose, tiles.choose_for_few_rows)
+
+
 def register() -> None:
-    """Adds no kernel yet."""
+    for op, kernel in kernels.kernels(FAMILY):
+        op.add(kernel)

@@ -1,10 +1,19 @@
-"""AMD GPUs. No kernels yet: devices are found, so that `moekern info` can name them."""
+"""AMD GPUs: Triton kernels on what torch has there."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from moekern.backends._triton import kernels
+from moekern.backends._triton.targets import Target, native_formats
+from moekern.backends.rocm import tiles
 from moekern.op import Device
+
+
+def _arch(properties: object) -> str:
+    return str(properties.gcnArchName).split(":")[0]  # type: ignore[attr-defined]
 
 
 def probe() -> list[Device] | str:
@@ -15,8 +24,9 @@ def probe() -> list[Device] | str:
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        arch = properties.gcnArchName.split(":")[0]
-        devices.append(Device("rocm", arch, index=index, name=properties.name))
+        arch = _arch(properties)
+        features = kernels.features() | {f"fp8_{name}" for name in native_formats(arch)}
+        devices.append(Device("rocm", arch, features, index=index, name=properties.name))
     return devices
 
 
@@ -24,5 +34,23 @@ def torch_devices(device: Device) -> list[str]:
     return [f"cuda:{device.index}"]  # torch names HIP devices "cuda"
 
 
+@functools.cache
+def target_of(where: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(where)
+    arch = _arch(properties)
+    return Target(
+        "hip",
+        arch,
+        properties.warp_size,
+        properties.shared_memory_per_block,
+        properties.multi_processor_count,
+        native_formats(arch),
+    )
+
+
+FAMILY = kernels.Family("rocm", "rocm", target_of, tiles.choose, tiles.choose_for_few_rows)
+
+
 def register() -> None:
-    """Adds no kernel yet."""
+    for op, kernel in kernels.kernels(FAMILY):
+        op.add(kernel)

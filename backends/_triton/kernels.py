@@ -1,0 +1,151 @@
+"""Every op's Triton kernels for the devices of one kind. Triton is imported by the first call."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moekern.backends._triton.targets import Target
+from moekern.backends._triton.tiles import Shape, Tiles
+from moekern.op import Kernel, Op, location
+from moekern.ops import (
+    dequantize,
+    fp8_gemm_nt,
+    fused_experts,
+    k_grouped_fp8_gemm_tn_contiguous,
+    m_grouped_fp8_gemm_nt_contiguous,
+    m_grouped_fp8_gemm_nt_masked,
+    moe_gate,
+    moe_permute,
+    moe_unpermute,
+    per_block_cast_to_fp8,
+    per_channel_cast_to_fp8,
+    per_token_cast_to_fp8,
+    silu_mul_cast_to_fp8,
+)
+
+FEWEST_ROWS = 32  # of a product, or a group on average, up to which the kernels for few rows take it
+_OLDEST = (3, 6)  # the release of Triton from which on all kernels compile
+
+
+@dataclass(frozen=True)
+class Family:
+    """kind, prefix: of the kernels' devices and names. The rest is asked at every call."""
+
+    kind: str
+    prefix: str
+    target_of: Callable[[torch.device], Target]
+    choose: Callable[[Target, Shape], Tiles]  # whose tiles leave a row's bits alone
+    choose_for_few_rows: Callable[[Target, Shape], Tiles]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """plan: (module, function) that turns a prepared call into launches. products: it takes a target and tiles."""
+
+    op: Op
+    plan: tuple[str, str]
+    refuses: tuple[str, str] | None = None
+    products: bool = False
+    rows: Callable[..., int] | None = None  # (call) -> rows of the product, for those with a kernel for few
+
+
+_CASTS = (per_token_cast_to_fp8, per_block_cast_to_fp8, per_channel_cast_to_fp8)
+
+
+def _rows_of_groups(a: Any, b: Any, layout: Any, out: torch.Tensor, out_dtype: Any) -> int:
+    return out.shape[-2] if out.dim() == 3 else -(-out.shape[0] // max(len(layout.counts), 1))
+
+
+def _rows_of_experts(x: Any, experts: Any, ids: torch.Tensor, *rest: Any) -> int:
+    return -(-ids.numel() // experts.num_experts)
+
+
+_ROWS = (
+    _Row(
+        fp8_gemm_nt,
+        ("gemm", "gemm"),
+        ("gemm", "refuses"),
+        True,
+        lambda a, b, c, bias, out, out_dtype: len(out),
+    ),
+    *(
+        _Row(op, ("grouped", "m_grouped"), ("grouped", "refuses_m_grouped"), True, _rows_of_groups)
+        for op in (m_grouped_fp8_gemm_nt_contiguous, m_grouped_fp8_gemm_nt_masked)
+    ),
+    _Row(
+        k_grouped_fp8_gemm_tn_contiguous, ("grouped", "k_grouped"), ("grouped", "refuses_k_grouped"), True
+    ),
+    _Row(fused_experts, ("experts", "fused_experts"), ("experts", "refuses"), True, _rows_of_experts),
+    *(_Row(op, ("casts", "to_fp8")) for op in _CASTS),
+    _Row(silu_mul_cast_to_fp8, ("casts", "silu_mul_to_fp8")),
+    _Row(dequantize, ("casts", "dequantize")),
+    _Row(moe_gate, ("gate", "gate")),
+    _Row(moe_permute, ("permute", "permute")),
+    _Row(moe_unpermute, ("permute", "unpermute")),
+)  # fmt: skip
+
+
+def why_not() -> str | None:
+    """Why Triton cannot be used here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    from importlib.metadata import version
+
+    found = version("triton")
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+        return f"Triton is {found}; {_OLDEST[0]}.{_OLDEST[1]} or later is needed"
+    return None
+
+
+def features() -> frozenset[str]:
+    """Of a device: whether Triton is here for it."""
+    return frozenset() if why_not() else frozenset({"triton"})
+
+
+def kernels(family: Family) -> Iterator[tuple[Op, Kernel]]:
+    """Each op's, best first."""
+    for row in _ROWS:
+        for few in (True, False) if row.rows else (False,):
+            yield row.op, _kernel(family, row, few)
+
+
+@functools.cache
+def _function(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"moekern.backends._triton.{module}"), name)
+
+
+def _kernel(family: Family, row: _Row, few: bool) -> Kernel:
+    choose = family.choose_for_few_rows if few else family.choose
+    output = row.op.output_index
+
+    def run(*call: Any) -> None:
+        plan = _function(*row.plan)
+        if row.products:
+            launches = plan(family.target_of(location(call[output])), choose, *call)
+        else:
+            launches = plan(*call)
+        for launch in launches:
+            launch.run()
+
+    def refuses(*call: Any) -> str | None:
+        if few and row.rows is not None and (rows := row.rows(*call)) > FEWEST_ROWS:
+            return f"is for up to {FEWEST_ROWS} rows; there are {rows}"
+        return None if row.refuses is None else _function(*row.refuses)(*call)
+
+    run.__signature__ = inspect.signature(row.op.reference)  # type: ignore[attr-defined]
+    workspace = _workspace if row.op is fused_experts else None
+    name = f"{family.prefix}.triton{'_stream' if few else ''}"
+    needs = frozenset({"triton"})
+    return Kernel(name, run, family.kind, needs, refuses, few, workspace)
+
+
+def _workspace(*call: Any) -> int:
+    return _function("experts", "workspace_bytes")(*call)
