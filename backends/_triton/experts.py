@@ -35,12 +35,13 @@ Choose = Callable[[Target, Shape], Tiles]
 
 @triton.jit
 def gate_up_kernel(
-    x, x_scale, x_row, x_step, x_scale_row, x_scale_step, x_block_rows, x_block, source, topk,
-    w, w_scale, w_row, w_step, w_scale_row, w_scale_step, w_block_rows, w_block,
+    x, x_scale, x_row, x_step, x_scale_row, x_scale_step, x_block_rows, source, topk,
+    w, w_scale, w_row, w_step, w_scale_row, w_scale_step, w_block_rows,
     gate_table, up_table, gate_scale_table, up_scale_table, up_first,
     bias, gate_bias_table, up_bias_table, bias_step, weights, weights_row, weights_column,
     starts, counts, groups, rows, h, h_scale, h_row, h_scale_row, size, k, alpha, beta, limit,
-    A: tl.constexpr, B: tl.constexpr, A_UE8M0: tl.constexpr, B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
+    B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ALIGNED: tl.constexpr, SORTED: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, ACTIVATION: tl.constexpr, HAS_LIMIT: tl.constexpr,
     QUANTISE: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, SWAP: tl.constexpr,
@@ -81,17 +82,16 @@ def gate_up_kernel(
         x_at, w_at = x + token * x_row, w + tl.where(is_up, up_at, gate_at) + row * w_row
         x_scale_at = x_scale + token // x_block_rows * x_scale_row
         w_scale_at = w_scale + tl.where(is_up, up_scale_at, gate_scale_at) + row // w_block_rows * w_scale_row
-        first, last = tl.zeros((), tl.int64), tl.cast(k, tl.int64)
         if SWAP:
             sums = product(
-                w_at, w_step, w_scale_at, w_scale_step, w_block, x_at, x_step, x_scale_at, x_scale_step, x_block,
-                first, last, B, A, True, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP, False,
+                w_at, w_step, w_scale_at, w_scale_step, x_at, x_step, x_scale_at, x_scale_step,
+                0, k, B, A, B_BLOCK, A_BLOCK, True, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP, False,
             )  # fmt: skip
             sums = tl.trans(sums)
         else:
             sums = product(
-                x_at, x_step, x_scale_at, x_scale_step, x_block, w_at, w_step, w_scale_at, w_scale_step, w_block,
-                first, last, A, B, True, True, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
+                x_at, x_step, x_scale_at, x_scale_step, w_at, w_step, w_scale_at, w_scale_step,
+                0, k, A, B, A_BLOCK, B_BLOCK, True, True, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
             )  # fmt: skip
         gate, up = tl.split(tl.reshape(sums, (ROWS, UNITS, 2)))
         if WEIGHTED:

@@ -20,17 +20,18 @@ from moekern.scaled import ScaledTensor
 
 @triton.jit
 def gemm_kernel(
-    a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_block,
-    b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows, b_block,
+    a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows,
+    b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows,
     c, c_row, c_column, bias, out, out_split, out_row, out_column, m, n, k, chunk,
-    A: tl.constexpr, B: tl.constexpr, A_UE8M0: tl.constexpr, B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
+    B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr,
     HAS_C: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr,
     GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Tiles of D, or with several programs along axis 1, of as many sums over `chunk` columns of k each."""
     tiles_m, tiles_n = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
-    first = tl.program_id(1).to(tl.int64) * chunk
+    first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, k)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = rasterised(tile, tiles_m, tiles_n, GROUP)
@@ -46,14 +47,16 @@ def gemm_kernel(
             b_scale_at = b_scale + column // b_block_rows * b_scale_row
         if SWAP:
             sums = product(
-                b_at, b_step, b_scale_at, b_scale_step, b_block, a_at, a_step, a_scale_at, a_scale_step, a_block,
-                first, last, B, A, not ONE_B_SCALE, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP, WIDE,
+                b_at, b_step, b_scale_at, b_scale_step, a_at, a_step, a_scale_at, a_scale_step,
+                first, last, B, A, B_BLOCK, A_BLOCK, not ONE_B_SCALE, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP,
+                WIDE,
             )  # fmt: skip
             i, j = i[None, :], j[:, None]
         else:
             sums = product(
-                a_at, a_step, a_scale_at, a_scale_step, a_block, b_at, b_step, b_scale_at, b_scale_step, b_block,
-                first, last, A, B, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, WIDE,
+                a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step,
+                first, last, A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP,
+                WIDE,
             )  # fmt: skip
             i, j = i[:, None], j[None, :]
         inside = (i < m) & (j < n)

@@ -23,11 +23,12 @@ from moekern.weights import GroupedWeights
 
 @triton.jit
 def m_grouped_kernel(
-    a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_block, a_group, a_scale_group,
-    b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows, b_block,
+    a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_group, a_scale_group,
+    b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows,
     b_group, b_table, b_scale_group, b_scale_table, bias, bias_step, bias_table,
     starts, counts, groups, rows, out, out_group, out_row, out_column,
-    n, k, A: tl.constexpr, B: tl.constexpr, A_UE8M0: tl.constexpr, B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
+    n, k, A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
+    B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr, MASKED: tl.constexpr,
     TABLE: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,     SWAP: tl.constexpr, GROUP: tl.constexpr,
@@ -63,17 +64,16 @@ def m_grouped_kernel(
             b_scale_at = b_scale + scale_at + (tile_n * COLUMNS // b_block_rows).to(tl.int64) * b_scale_row
         else:
             b_scale_at = b_scale + scale_at + column // b_block_rows * b_scale_row
-        first, last = tl.zeros((), tl.int64), k.to(tl.int64)
         if SWAP:
             sums = product(
-                b_at, b_step, b_scale_at, b_scale_step, b_block, a_at, a_step, a_scale_at, a_scale_step, a_block,
-                first, last, B, A, not ONE_B_SCALE, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP, False,
+                b_at, b_step, b_scale_at, b_scale_step, a_at, a_step, a_scale_at, a_scale_step,
+                0, k, B, A, B_BLOCK, A_BLOCK, not ONE_B_SCALE, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP, False,
             )  # fmt: skip
             i, j = i[None, :], j[:, None]
         else:
             sums = product(
-                a_at, a_step, a_scale_at, a_scale_step, a_block, b_at, b_step, b_scale_at, b_scale_step, b_block,
-                first, last, A, B, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
+                a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step,
+                0, k, A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
             )  # fmt: skip
             i, j = i[:, None], j[None, :]
         if HAS_BIAS:
@@ -84,10 +84,11 @@ def m_grouped_kernel(
 
 @triton.jit
 def k_grouped_kernel(
-    a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_block,
-    b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows, b_block,
+    a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows,
+    b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows,
     starts, counts, groups, rows, c, c_group, c_row, c_column, out, out_group, out_row, out_column, m, n,
-    A: tl.constexpr, B: tl.constexpr, A_UE8M0: tl.constexpr, B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
+    B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, HAS_C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -98,15 +99,15 @@ def k_grouped_kernel(
         group = (tile // of_group).to(tl.int64)
         tile_m, tile_n = rasterised(tile % of_group, tiles_m, tiles_n, GROUP)
         start, count = tl.load(starts + group), tl.load(counts + group)
-        first = tl.maximum(start, 0)
-        last = tl.minimum(tl.maximum(start + count, first), rows)
+        first = tl.minimum(tl.maximum(start, 0), rows).to(tl.int32)
+        last = tl.minimum(tl.maximum(start + count, first), rows).to(tl.int32)
         i = (tile_m * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         j = (tile_n * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
         row, column = tl.minimum(i, m - 1), tl.minimum(j, n - 1)
         sums = product(
-            a + row * a_row, a_step, a_scale + row // a_block_rows * a_scale_row, a_scale_step, a_block,
-            b + column * b_row, b_step, b_scale + column // b_block_rows * b_scale_row, b_scale_step, b_block,
-            first, last, A, B, True, True, A_UE8M0, B_UE8M0, NATIVE, TO, False, STEP, False,
+            a + row * a_row, a_step, a_scale + row // a_block_rows * a_scale_row, a_scale_step,
+            b + column * b_row, b_step, b_scale + column // b_block_rows * b_scale_row, b_scale_step,
+            first, last, A, B, A_BLOCK, B_BLOCK, True, True, A_UE8M0, B_UE8M0, NATIVE, TO, False, STEP, False,
         )  # fmt: skip
         i, j = i[:, None], j[None, :]
         inside = (i < m) & (j < n)

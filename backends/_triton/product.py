@@ -33,28 +33,39 @@ def load_operand(at, inside, FORMAT: tl.constexpr, NATIVE: tl.constexpr, TO: tl.
 
 
 @triton.jit
+def block_of(column, BLOCK: tl.constexpr):
+    """The scale of a column of k. BLOCK is 0 where there is one for all; a division at run time would take a call."""
+    if BLOCK == 0:
+        return 0
+    else:
+        return column // BLOCK
+
+
+@triton.jit
 def multiply(
-    x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last,
-    x_factor, y_factor, X: tl.constexpr, Y: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr,
+    x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last, x_factor, y_factor,
+    X: tl.constexpr, Y: tl.constexpr, X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, X_SCALES: tl.constexpr,
+    Y_SCALES: tl.constexpr,
     X_UE8M0: tl.constexpr, Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr,
     EVEN: tl.constexpr, STEP: tl.constexpr, FACTORS: tl.constexpr,
 ):  # fmt: skip
     """The sum of x y^T over the columns first .. last of k, [P, Q] float32, where x [P] and y [Q] point to rows. Every
-    STEP columns, which have one scale a row, their product joins the sum. first and last are int64.
+    STEP columns, which have one scale a row, their product joins the sum. BLOCK: columns of a scale.
 
     x_scale and y_scale point to the scales of rows, or, without X_SCALES and Y_SCALES, to the one of all rows.
     FACTORS: rows are multiplied by x_factor [P] and y_factor [Q], powers of two, first.
     """
     step = tl.arange(0, STEP)
-    x_at = x[:, None] + (first + step)[None, :] * x_step
-    y_at = y[None, :] + (first + step)[:, None] * y_step
+    from_first = tl.cast(first, tl.int64)
+    x_at = x[:, None] + from_first * x_step + step[None, :] * x_step
+    y_at = y[None, :] + from_first * y_step + step[:, None] * y_step
     sums = tl.zeros((x.shape[0], y.shape[0]), tl.float32)
     for start in tl.range(first, last, STEP, num_stages=1 if FACTORS else None):
         inside = step < last - start
         left = load_operand(x_at, inside[None, :], X, NATIVE, TO, EVEN)
         right = load_operand(y_at, inside[:, None], Y, NATIVE, TO, EVEN)
         if X != "":
-            scale_x = load_scale(x_scale + start // x_block * x_scale_step, X_UE8M0)
+            scale_x = load_scale(x_scale + block_of(start, X_BLOCK) * x_scale_step, X_UE8M0)
             if X_SCALES:
                 scale_x = scale_x[:, None]
             if FACTORS:
@@ -62,7 +73,7 @@ def multiply(
         elif FACTORS:
             left = rounded(left.to(tl.float32) * x_factor[:, None], TO)
         if Y != "":
-            scale_y = load_scale(y_scale + start // y_block * y_scale_step, Y_UE8M0)
+            scale_y = load_scale(y_scale + block_of(start, Y_BLOCK) * y_scale_step, Y_UE8M0)
             if Y_SCALES:
                 scale_y = scale_y[None, :]
             if FACTORS:
@@ -88,19 +99,19 @@ def multiply(
 
 @triton.jit
 def exponent(
-    x, x_step, x_scale, x_scale_step, x_block, first, last,
-    X: tl.constexpr, X_SCALES: tl.constexpr, X_UE8M0: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
+    x, x_step, x_scale, x_scale_step, first, last, X: tl.constexpr, X_BLOCK: tl.constexpr, X_SCALES: tl.constexpr,
+    X_UE8M0: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """That of the largest finite scale of every row of an operand, or of its largest number: -126 .. 127, [P] int32."""
     largest = tl.zeros((x.shape[0],), tl.int32)
     for start in tl.range(first, last, STEP, num_stages=1):
         if X != "":
-            scale = load_scale(x_scale + start // x_block * x_scale_step, X_UE8M0)
+            scale = load_scale(x_scale + block_of(start, X_BLOCK) * x_scale_step, X_UE8M0)
             size = tl.broadcast_to(scale, (x.shape[0],)).to(tl.int32, bitcast=True) & 0x7F800000
             largest = tl.maximum(largest, tl.where(size == 0x7F800000, 0, size))
         else:
             step = start + tl.arange(0, STEP)
-            value = tl.load(x[:, None] + step[None, :] * x_step, mask=(step < last)[None, :], other=0.0)
+            value = tl.load(x[:, None] + step.to(tl.int64)[None, :] * x_step, mask=(step < last)[None, :], other=0.0)
             size = value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
             largest = tl.maximum(largest, tl.max(tl.where(size == 0x7F800000, 0, size), 1))
     return tl.where(largest == 0, 0, (largest >> 23) - 127)
@@ -114,8 +125,9 @@ def power(e, dtype: tl.constexpr):
 
 @triton.jit
 def product(
-    x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last,
-    X: tl.constexpr, Y: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr,
+    x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last,
+    X: tl.constexpr, Y: tl.constexpr, X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, X_SCALES: tl.constexpr,
+    Y_SCALES: tl.constexpr,
     X_UE8M0: tl.constexpr, Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr,
     EVEN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -124,19 +136,20 @@ def product(
     """
     one_x, one_y = tl.full((x.shape[0],), 1.0, tl.float32), tl.full((y.shape[0],), 1.0, tl.float32)
     sums = multiply(
-        x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last, one_x, one_y,
-        X, Y, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, STEP, False,
+        x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last, one_x, one_y, X, Y, X_BLOCK,
+        Y_BLOCK,
+        X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, STEP, False,
     )  # fmt: skip
     total = sums.to(tl.float64) if WIDE else sums
     largest = tl.max(tl.max(sums.to(tl.int32, bitcast=True) & 0x7F800000, 1), 0)
     if largest == 0x7F800000:
         REST: tl.constexpr = min(STEP, 32)  # fewer registers: this is rare
-        x_exponent = exponent(x, x_step, x_scale, x_scale_step, x_block, first, last, X, X_SCALES, X_UE8M0, EVEN, REST)
-        y_exponent = exponent(y, y_step, y_scale, y_scale_step, y_block, first, last, Y, Y_SCALES, Y_UE8M0, EVEN, REST)
+        x_exponent = exponent(x, x_step, x_scale, x_scale_step, first, last, X, X_BLOCK, X_SCALES, X_UE8M0, EVEN, REST)
+        y_exponent = exponent(y, y_step, y_scale, y_scale_step, first, last, Y, Y_BLOCK, Y_SCALES, Y_UE8M0, EVEN, REST)
         sums = multiply(
-            x, x_step, x_scale, x_scale_step, x_block, y, y_step, y_scale, y_scale_step, y_block, first, last,
+            x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last,
             power(tl.maximum(-x_exponent, -126), tl.float32), power(tl.maximum(-y_exponent, -126), tl.float32),
-            X, Y, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, REST, True,
+            X, Y, X_BLOCK, Y_BLOCK, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, REST, True,
         )  # fmt: skip
         back = power(tl.minimum(x_exponent, 126), tl.float64)[:, None] * power(tl.minimum(y_exponent, 126), tl.float64)
         total = (sums.to(tl.float64) * back).to(total.dtype)
@@ -163,7 +176,6 @@ class Operand:
             f"{name}_scale_row": scale.stride(-2),
             f"{name}_scale_step": scale.stride(-1),
             f"{name}_block_rows": self.block[0],
-            f"{name}_block": self.block[1],
         }
 
 
@@ -182,12 +194,17 @@ class Pair:
         return {
             "A": self.a.format,
             "B": self.b.format,
+            "A_BLOCK": self._block(self.a),
+            "B_BLOCK": self._block(self.b),
             "A_UE8M0": _ue8m0(self.a),
             "B_UE8M0": _ue8m0(self.b),
             "NATIVE": self.native,
             "TO": self.to,
             "STEP": min(self.step, tiles.depth),
         }
+
+    def _block(self, x: Operand) -> int:
+        return 0 if x.format == "" or x.block[1] >= self.k else x.block[1]
 
 
 def pair(target: Target, a: Any, b: Any, k: int) -> Pair:

@@ -33,4 +33,6 @@ class Tiles:
     depth: int = 128
     swap: bool = False
     splits: int = 1
+    descriptors: bool = False  # operands come by the tensor memory accelerator (TMA)
+    specialised: bool = False  # warps that load beside warps that multiply
     group: int = 8  # rows of tiles that programs go through together
