@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ import triton.language as tl
 from moekern.backends._triton.formats import rounded
 from moekern.backends._triton.launch import Launch
 from moekern.backends._triton.order import rasterised
-from moekern.backends._triton.product import Pair, pair, product, refuses_scales
+from moekern.backends._triton.product import (
+    Pair,
+    multiply_tiles,
+    normalised,
+    overflowed,
+    pair,
+    product,
+    refuses_scales,
+)
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Shape, Tiles
 from moekern.scaled import ScaledTensor
@@ -22,17 +31,25 @@ from moekern.scaled import ScaledTensor
 def gemm_kernel(
     a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows,
     b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows,
-    c, c_row, c_column, bias, out, out_split, out_row, out_column, m, n, k, chunk,
+    c, c_row, c_column, bias, out, out_split, out_row, out_column, flags, m, n, k, chunk,
     A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
     B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr,
     HAS_C: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr,
     GROUP: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, SPECIALISED: tl.constexpr, REPAIR: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of D, or with several programs along axis 1, of as many sums over `chunk` columns of k each."""
+    """Tiles of D, or with several programs along axis 1, of as many sums over `chunk` columns of k each.
+
+    TILES: operands come by descriptors; rows of a tile where float32 overflowed are flagged and not stored. A
+    second launch with REPAIR does them. (In the same kernel that would take registers from the main loop.)
+    """
     tiles_m, tiles_n = tl.cdiv(m, ROWS), tl.cdiv(n, COLUMNS)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, k)
+    if TILES:
+        a_tiles = tl.make_tensor_descriptor(a, [m, k], [a_row, 1], [ROWS, STEP])
+        b_tiles = tl.make_tensor_descriptor(b, [n, k], [b_row, 1], [COLUMNS, STEP])
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = rasterised(tile, tiles_m, tiles_n, GROUP)
         i = (tile_m * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -47,19 +64,37 @@ def gemm_kernel(
             b_scale_at = b_scale + column // b_block_rows * b_scale_row
         if SWAP:
             sums = product(
-                b_at, b_step, b_scale_at, b_scale_step, a_at, a_step, a_scale_at, a_scale_step,
-                first, last, B, A, B_BLOCK, A_BLOCK, not ONE_B_SCALE, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP,
-                WIDE,
+                b_at, b_step, b_scale_at, b_scale_step, a_at, a_step, a_scale_at, a_scale_step, first, last,
+                B, A, B_BLOCK, A_BLOCK, not ONE_B_SCALE, True, B_UE8M0, A_UE8M0, NATIVE, TO, EVEN, STEP, WIDE,
             )  # fmt: skip
             i, j = i[None, :], j[:, None]
         else:
-            sums = product(
-                a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step,
-                first, last, A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP,
-                WIDE,
-            )  # fmt: skip
+            if TILES:
+                sums = multiply_tiles(
+                    a_tiles, tile_m * ROWS, a_scale_at, a_scale_step, b_tiles, tile_n * COLUMNS, b_scale_at,
+                    b_scale_step, first, last, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0,
+                    ROWS, COLUMNS, STEP, SPECIALISED,
+                )  # fmt: skip
+            elif REPAIR:
+                flag = tl.load(flags + tile * ROWS + tl.arange(0, ROWS))
+                end = tl.where(tl.max(flag, 0) != 0, last, first)
+                sums = normalised(
+                    a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step, first, end,
+                    A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP,
+                ).to(tl.float32)  # fmt: skip
+            else:
+                sums = product(
+                    a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step, first, last,
+                    A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, WIDE,
+                )  # fmt: skip
             i, j = i[:, None], j[None, :]
         inside = (i < m) & (j < n)
+        if TILES:
+            flag = overflowed(sums)
+            tl.store(flags + tile * ROWS + tl.arange(0, ROWS), flag)
+            inside = inside & (flag == 0)[:, None]
+        if REPAIR:
+            inside = inside & (flag != 0)[:, None]
         if HAS_BIAS:
             sums += tl.load(bias + j, mask=j < n, other=0.0).to(tl.float32)
         if HAS_C:
@@ -99,14 +134,33 @@ def gemm(
     """Of a prepared call."""
     operands = pair(target, a, b, b.shape[1])
     m, n = out.shape
-    shape = Shape(m, n, operands.k, 1, 8 * operands.a.data.element_size(), 8)
-    tiles = choose(target, shape)
-    if tiles.splits == 1 or operands.k <= operands.step:
-        return [_product(target, operands, tiles, c, bias, out, out.stride(), 1)]
-    sums = torch.empty((tiles.splits, m, n), dtype=torch.float64, device=out.device)
+    described = operands.describable()
+    tiles = choose(target, Shape(m, n, operands.k, 1, 8 * operands.a.data.element_size(), 8, described))
+    if tiles.splits > 1 and operands.k > operands.step:
+        sums = torch.empty((tiles.splits, m, n), dtype=torch.float64, device=out.device)
+        return [
+            _product(target, operands, tiles, None, None, sums, sums.stride()[1:], tiles.splits),
+            _add_splits(sums, c, bias, out),
+        ]
+    product = _product(target, operands, tiles, c, bias, out, out.stride(), 1)
+    if not (tiles.descriptors and described):
+        return [product]
+    return tiles_and_repair(product, tiles, triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns), out.device)
+
+
+def tiles_and_repair(product: Launch, tiles: Tiles, count: int, device: torch.device) -> list[Launch]:
+    """The product by descriptors, and another of the rows of its `count` tiles that it flags."""
+    flags = torch.empty(count * tiles.rows, dtype=torch.uint8, device=device)
+    arguments = {**product.arguments, "flags": flags}
     return [
-        _product(target, operands, tiles, None, None, sums, sums.stride()[1:], tiles.splits),
-        _add_splits(sums, c, bias, out),
+        replace(
+            product,
+            arguments=arguments,
+            constants={**product.constants, "TILES": True, "SPECIALISED": tiles.specialised},
+        ),
+        replace(
+            product, arguments=arguments, constants={**product.constants, "REPAIR": True}, num_warps=8, num_stages=1
+        ),
     ]
 
 
@@ -132,6 +186,7 @@ def _product(
             "out_split": out.stride(0) if splits > 1 else 0,
             "out_row": steps[0],
             "out_column": steps[1],
+            "flags": out,
             "m": m,
             "n": n,
             "k": k,
@@ -148,6 +203,9 @@ def _product(
             "SWAP": tiles.swap,
             "GROUP": tiles.group,
             "WIDE": splits > 1,
+            "TILES": False,
+            "SPECIALISED": False,
+            "REPAIR": False,
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,

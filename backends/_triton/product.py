@@ -98,6 +98,28 @@ def multiply(
 
 
 @triton.jit
+def multiply_tiles(
+    x, x_row, x_scale, x_scale_step, y, y_row, y_scale, y_scale_step, first, last,
+    X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr,
+    X_UE8M0: tl.constexpr, Y_UE8M0: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, STEP: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):  # fmt: skip
+    """As `multiply`, of the rows from x_row and y_row on of tensor descriptors. What is outside of them is 0."""
+    sums = tl.zeros((P, Q), tl.float32)
+    for start in tl.range(first, last, STEP, warp_specialize=SPECIALISED):
+        left = x.load([x_row, start])
+        right = y.load([y_row, start])
+        scale_x = load_scale(x_scale + block_of(start, X_BLOCK) * x_scale_step, X_UE8M0)
+        scale_y = load_scale(y_scale + block_of(start, Y_BLOCK) * y_scale_step, Y_UE8M0)
+        if X_SCALES:
+            scale_x = scale_x[:, None]
+        if Y_SCALES:
+            scale_y = scale_y[None, :]
+        sums += dot(left, right.T) * (scale_x * scale_y)
+    return sums
+
+
+@triton.jit
 def exponent(
     x, x_step, x_scale, x_scale_step, first, last, X: tl.constexpr, X_BLOCK: tl.constexpr, X_SCALES: tl.constexpr,
     X_UE8M0: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
@@ -124,35 +146,51 @@ def power(e, dtype: tl.constexpr):
 
 
 @triton.jit
-def product(
-    x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last,
-    X: tl.constexpr, Y: tl.constexpr, X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, X_SCALES: tl.constexpr,
-    Y_SCALES: tl.constexpr,
-    X_UE8M0: tl.constexpr, Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr,
-    EVEN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
+def normalised(
+    x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last, X: tl.constexpr, Y: tl.constexpr,
+    X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr, X_UE8M0: tl.constexpr,
+    Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """As `multiply`. Where float32 overflows on the way, the rows are multiplied once more, by powers of two that keep
-    them far from it. WIDE: in float64, so that what is too large for float32 here may still cancel.
+    """As `multiply`, in float64, with rows multiplied by powers of two that keep sums far from float32's largest."""
+    REST: tl.constexpr = min(STEP, 32)  # fewer registers: this is rare
+    x_exponent = exponent(x, x_step, x_scale, x_scale_step, first, last, X, X_BLOCK, X_SCALES, X_UE8M0, EVEN, REST)
+    y_exponent = exponent(y, y_step, y_scale, y_scale_step, first, last, Y, Y_BLOCK, Y_SCALES, Y_UE8M0, EVEN, REST)
+    sums = multiply(
+        x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last,
+        power(tl.maximum(-x_exponent, -126), tl.float32), power(tl.maximum(-y_exponent, -126), tl.float32),
+        X, Y, X_BLOCK, Y_BLOCK, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, REST, True,
+    )  # fmt: skip
+    back = power(tl.minimum(x_exponent, 126), tl.float64)[:, None] * power(tl.minimum(y_exponent, 126), tl.float64)
+    return sums.to(tl.float64) * back
+
+
+@triton.jit
+def overflowed(sums):
+    """Which rows of a tile have a sum that is infinite or NaN: [P] uint8."""
+    return (tl.max(sums.to(tl.int32, bitcast=True) & 0x7F800000, 1) == 0x7F800000).to(tl.uint8)
+
+
+@triton.jit
+def product(
+    x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last, X: tl.constexpr, Y: tl.constexpr,
+    X_BLOCK: tl.constexpr, Y_BLOCK: tl.constexpr, X_SCALES: tl.constexpr, Y_SCALES: tl.constexpr, X_UE8M0: tl.constexpr,
+    Y_UE8M0: tl.constexpr, NATIVE: tl.constexpr, TO: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """As `multiply`; where float32 overflows on the way, as `normalised`. WIDE: in float64, so that what is too large
+    for float32 here may still cancel.
     """
     one_x, one_y = tl.full((x.shape[0],), 1.0, tl.float32), tl.full((y.shape[0],), 1.0, tl.float32)
     sums = multiply(
-        x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last, one_x, one_y, X, Y, X_BLOCK,
-        Y_BLOCK,
-        X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, STEP, False,
+        x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last, one_x, one_y,
+        X, Y, X_BLOCK, Y_BLOCK, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, STEP, False,
     )  # fmt: skip
     total = sums.to(tl.float64) if WIDE else sums
-    largest = tl.max(tl.max(sums.to(tl.int32, bitcast=True) & 0x7F800000, 1), 0)
-    if largest == 0x7F800000:
-        REST: tl.constexpr = min(STEP, 32)  # fewer registers: this is rare
-        x_exponent = exponent(x, x_step, x_scale, x_scale_step, first, last, X, X_BLOCK, X_SCALES, X_UE8M0, EVEN, REST)
-        y_exponent = exponent(y, y_step, y_scale, y_scale_step, first, last, Y, Y_BLOCK, Y_SCALES, Y_UE8M0, EVEN, REST)
-        sums = multiply(
+    if tl.max(overflowed(sums), 0) != 0:
+        total = normalised(
             x, x_step, x_scale, x_scale_step, y, y_step, y_scale, y_scale_step, first, last,
-            power(tl.maximum(-x_exponent, -126), tl.float32), power(tl.maximum(-y_exponent, -126), tl.float32),
-            X, Y, X_BLOCK, Y_BLOCK, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, REST, True,
-        )  # fmt: skip
-        back = power(tl.minimum(x_exponent, 126), tl.float64)[:, None] * power(tl.minimum(y_exponent, 126), tl.float64)
-        total = (sums.to(tl.float64) * back).to(total.dtype)
+            X, Y, X_BLOCK, Y_BLOCK, X_SCALES, Y_SCALES, X_UE8M0, Y_UE8M0, NATIVE, TO, EVEN, STEP,
+        ).to(total.dtype)  # fmt: skip
     return total
 
 
@@ -202,6 +240,18 @@ class Pair:
             "TO": self.to,
             "STEP": min(self.step, tiles.depth),
         }
+
+    def describable(self) -> bool:
+        """Whether tensor descriptors may stand for both operands: rows of bytes, 16-byte aligned, also of a stack."""
+        if self.native != "same" or not self.k:
+            return False
+        return all(
+            x.stride(-1) == 1
+            and x.stride(-2) % 16 == 0
+            and x.data_ptr() % 16 == 0
+            and (x.dim() == 2 or x.stride(0) == x.shape[1] * x.stride(1))
+            for x in (self.a.data, self.b.data)
+        )
 
     def _block(self, x: Operand) -> int:
         return 0 if x.format == "" or x.block[1] >= self.k else x.block[1]

@@ -15,6 +15,7 @@ class Shape:
     groups: int = 1
     bits_a: int = 8  # of an element of each operand in memory
     bits_b: int = 8
+    described: bool = False  # tensor descriptors may stand for both operands
 
 
 @dataclass(frozen=True)
