@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import moekern
 from moekern import GroupedLayout
 
 
@@ -65,6 +66,23 @@ def test_from_masked() -> None:
     assert fields(layout) == ([0, 4, 8], [1, 0, 4], 12, 1, 4)
     assert layout.indices().tolist() == [0, -1, -1, -1, -1, -1, -1, -1, 2, 2, 2, 2]
     assert fields(GroupedLayout.from_masked([0, 0], 0)) == ([0, 0], [0, 0], 0, 1, 0)
+
+
+def test_taken_at_its_word() -> None:
+    """check=False looks at no values, whatever they are; the op does, where it can."""
+    assert fields(GroupedLayout([0, -3], int32(7, 2), 4, check=False)) == ([0, -3], [7, 2], 4, 1, None)
+    assert fields(GroupedLayout.from_counts([3, 5], rows=4, check=False)) == ([0, 3], [3, 5], 4, 1, None)
+    assert fields(GroupedLayout.from_offsets([0, 5, 2], rows=4, check=False)) == ([0, 5], [5, -3], 4, 1, None)
+    assert fields(GroupedLayout.from_ends([3, 1], 2, rows=4, check=False)) == ([0, 4], [3, -3], 4, 2, None)
+    assert fields(GroupedLayout.from_masked([9], 4, check=False)) == ([0], [9], 4, 1, 4)
+    beyond = GroupedLayout.from_indices([5, 0, -9, 1], 2, alignment=1, check=False)  # labels of no group are -1
+    assert fields(beyond) == ([1, 3], [1, 1], 4, 1, None)
+    weights = moekern.per_block_cast_to_fp8(torch.ones(2, 3))
+    stack = moekern.ScaledTensor(weights.data.expand(2, 2, 3), weights.scale.expand(2, 1, 1))
+    layout = GroupedLayout.from_counts([3, 5], rows=4, check=False)
+    assert layout.indices().tolist() == [0, 0, 0, 1]
+    with pytest.raises(ValueError, match=r"layout.rows is 4; group 1 starts at 3 and has 5"):
+        moekern.m_grouped_fp8_gemm_nt_contiguous(torch.ones(4, 3), stack, layout)
 
 
 @given(

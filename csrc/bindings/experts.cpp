@@ -133,9 +133,7 @@ ExpertsProblem problem_with_output(const py::tuple& call) {
 }
 
 // ids of all experts as ids of these: map[id], -1 where that expert lives elsewhere.
-py::object mapped_ids(const ExpertsProblem& p, py::object ids, py::handle map, int device) {
-  const Matrix m = matrix(kExperts, "expert_map", map, device, 1);
-  check<TypeError>(is_index(m.dtype), kExperts, ": expert_map has dtype ", name_of(m.dtype), "; it is i32 or i64");
+py::object mapped_ids(const ExpertsProblem& p, py::object ids, const Matrix& m, int device) {
   check_ids(kExperts, "expert_map", m, p.num_experts);
   check_ids(kExperts, "ids", p.ids, m.cols);
   py::object local = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
@@ -155,11 +153,14 @@ py::tuple prepare_experts(py::args arguments) {
   if (!is_scaled(call[kX])) check_plain(kExperts, "x", call[kX]);
   check_plain(kExperts, "weights", call[kWeights]);
   check_experts(kExperts, p);
-  if ((device & 0xffff) == dlpack::kCpu) {  // what lies elsewhere, its kernels check and map
-    if (call[kMap].is_none()) {
+  const Matrix map = optional_matrix(kExperts, "expert_map", call[kMap], device, 1);
+  check<TypeError>(!map || is_index(map.dtype), kExperts, ": expert_map has dtype ", name_of(map.dtype),
+                   "; it is i32 or i64");
+  if (readable(device)) {  // what lies elsewhere, its kernels map
+    if (!map) {
       check_ids(kExperts, "ids", p.ids, p.num_experts);
     } else {
-      call[kIds] = mapped_ids(p, call[kIds], call[kMap], device);
+      call[kIds] = mapped_ids(p, call[kIds], map, device);
       call[kMap] = py::none();
     }
   }

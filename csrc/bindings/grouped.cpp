@@ -118,10 +118,13 @@ Rows rows_operand(const char* op, const char* name, py::handle object, int dimen
 }
 
 struct Layout {
-  const int64_t *starts, *counts;
+  const int64_t *starts, *counts;  // null where the host may not look
   int64_t groups, rows, capacity;  // a negative capacity: contiguous
 
+  bool known() const { return counts; }
+
   bool covers_all() const {
+    if (!known()) return false;
     int64_t covered = 0;
     for (int64_t g = 0; g < groups; ++g) covered += counts[g];
     return covered == rows;
@@ -134,18 +137,23 @@ const int64_t* row_numbers(const char* op, const char* name, const Matrix& m) {
   return reinterpret_cast<const int64_t*>(m.data);
 }
 
-// Checked again, since its tensors may have been written to: what kernels access depends on them.
+// Checked again, since its tensors may have been written to: what kernels access depends on them. On an accelerator,
+// kernels keep to the operand by themselves.
 Layout layout(const char* op, py::handle object, int device) {
   static const py::object kStarts = interned("starts"), kCounts = interned("counts"), kRows = interned("rows"),
                           kCapacity = interned("capacity");
   const Matrix starts = matrix(op, "layout.starts", object.attr(kStarts), device, 1);
   const Matrix counts = matrix(op, "layout.counts", object.attr(kCounts), device, 1);
   const py::object capacity = object.attr(kCapacity);
-  const Layout l{row_numbers(op, "layout.starts", starts), row_numbers(op, "layout.counts", counts), counts.cols,
-                 object.attr(kRows).cast<int64_t>(), capacity.is_none() ? -1 : capacity.cast<int64_t>()};
+  Layout l{row_numbers(op, "layout.starts", starts), row_numbers(op, "layout.counts", counts), counts.cols,
+           object.attr(kRows).cast<int64_t>(), capacity.is_none() ? -1 : capacity.cast<int64_t>()};
   check(starts.cols == counts.cols, op, ": layout.starts has ", starts.cols, " elements and layout.counts ",
         counts.cols);
-  check_layout(op, ": layout.", l.starts, l.counts, l.groups, l.rows, 1, l.capacity);
+  if (readable(device)) {
+    check_layout(op, ": layout.", l.starts, l.counts, l.groups, l.rows, 1, l.capacity);
+  } else {
+    l.starts = l.counts = nullptr;
+  }
   return l;
 }
 
@@ -159,7 +167,7 @@ void check_new_layout(py::handle starts, py::handle counts, int64_t rows, int64_
 // ---- problems ----------------------------------------------------------------------------------------
 
 // One call, as prepare_* has read it, for the `refuses` and `run` that op.py calls next with the same objects.
-// `run` takes it away, so it never outlives its call.
+// `run` takes it away, so it never outlives its call. Only of layouts that are known: others have no list of groups.
 struct Call {
   std::array<PyObject*, 5> operands{};
   GroupedGemmProblem problem;
@@ -276,7 +284,8 @@ py::tuple prepare_m_grouped(bool masked, py::object a, py::object b, py::object 
     const py::object like = tensor_of(a);
     out = masked ? allocate(like, operands.b.device, {operands.l.groups, rows.rows, n}, dtype)
                  : allocate(like, operands.b.device, {rows.rows, n}, dtype);
-    if (!operands.l.covers_all()) out.attr("zero_")();  // no stale memory where no group writes
+    // No stale memory where no group writes. On an accelerator this is queued there, whatever the groups are.
+    if (!operands.l.covers_all()) out.attr("zero_")();
   }
   const Stack d = operands.out(out);
   if (!fresh) {
@@ -287,8 +296,10 @@ py::tuple prepare_m_grouped(bool masked, py::object a, py::object b, py::object 
     check_apart_from_operands(op, d, operands.a, operands.b);
     check_out_dtype(op, out_dtype, d.matrix.dtype);
   }
-  operands.fill(current, d);
-  current.finish({a.ptr(), b.ptr(), layout.ptr(), nullptr, out.ptr()});
+  if (operands.l.known()) {
+    operands.fill(current, d);
+    current.finish({a.ptr(), b.ptr(), layout.ptr(), nullptr, out.ptr()});
+  }
   return py::make_tuple(std::move(a), std::move(b), std::move(layout), std::move(out), py::none());
 }
 
@@ -388,8 +399,10 @@ py::tuple prepare_k_grouped(py::object a, py::object b, py::object layout, py::o
     if (!in_place) check_apart(kKGrouped, "out", whole, "c", addend);
     check_out_dtype(kKGrouped, out_dtype, d.matrix.dtype);
   }
-  operands.fill(current, d);
-  current.finish({a.ptr(), b.ptr(), layout.ptr(), c.ptr(), out.ptr()});
+  if (operands.l.known()) {
+    operands.fill(current, d);
+    current.finish({a.ptr(), b.ptr(), layout.ptr(), c.ptr(), out.ptr()});
+  }
   return py::make_tuple(std::move(a), std::move(b), std::move(layout), std::move(c), std::move(out), py::none());
 }
 

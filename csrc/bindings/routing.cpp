@@ -7,11 +7,6 @@ namespace {
 
 constexpr const char *kGate = "moe_gate", *kPermute = "moe_permute", *kUnpermute = "moe_unpermute";
 
-// Ids choose rows, so their values are checked before any kernel: where C++ can read them.
-void check_readable(const char* op, const char* name, int device) {
-  check((device & 0xffff) == dlpack::kCpu, op, ": ", name, " is on an accelerator; its values are checked on the CPU");
-}
-
 // ---- gate --------------------------------------------------------------------------------------------
 
 GateProblem gate_problem(py::handle logits, int64_t topk, bool sigmoid, py::handle correction_bias, int64_t groups,
@@ -93,19 +88,22 @@ PermuteProblem permute_problem(py::handle x, py::handle ids, py::handle expert_m
   return p;
 }
 
-// (x, inverse, groups): groups [2, experts] are the starts and counts. x and inverse are those of `out`, a Permuted;
-// where it is None, new ones, x of `rows`.
+// (x, inverse, starts, counts). x and inverse are those of `out`, a Permuted; where it is None, new ones, x of `rows`,
+// the most that any ids take. starts and counts are complete, but on an accelerator left to the kernel.
 py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t alignment, py::handle expert_map,
                           int64_t rows, py::object out) {
   int device;
   PermuteProblem p = permute_problem(x, ids, expert_map, alignment, &device);
   if (!is_scaled(x)) check_plain(kPermute, "x", x);
-  check_readable(kPermute, "ids", device);
-  check_permute(kPermute, p, experts);
-  py::object groups = allocate(ids, device, {2, experts}, Dtype::i64);
-  const Matrix g = matrix(kPermute, "groups", groups, device);
-  auto* starts = reinterpret_cast<int64_t*>(g.data);
-  const int64_t used = count_experts(p, starts, starts + experts, experts);
+  check_permute(kPermute, p);
+  py::object starts = allocate(ids, device, {experts}, Dtype::i64);
+  py::object counts = allocate(ids, device, {experts}, Dtype::i64);
+  int64_t used = 0;
+  if (readable(device)) {
+    check_permute_ids(kPermute, p, experts);
+    used =
+        count_experts(p, matrix(kPermute, "starts", starts, device, 1), matrix(kPermute, "counts", counts, device, 1));
+  }
   if (out.is_none()) {
     check(rows <= INT32_MAX, kPermute, ": ids and alignment take ", rows, " rows; the inverse map counts to 2^31 - 1");
     const py::object like = is_scaled(x) ? x.attr("data") : py::reinterpret_borrow<py::object>(x);
@@ -114,7 +112,7 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
       moved = runtime().scaled_tensor(moved, allocate(like, device, {rows, p.sx.values.cols}, p.sx.values.dtype),
                                       x.attr("block"));
     py::object inverse = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
-    return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
+    return py::make_tuple(std::move(moved), std::move(inverse), std::move(starts), std::move(counts));
   }
   const py::tuple permuted = out;
   py::object moved = permuted[0], inverse = permuted[2];
@@ -123,8 +121,10 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   check(out_device == device, kPermute, ": out.x is on another device than x");
   if (!is_scaled(moved)) check_plain(kPermute, "out.x", moved);
   p.inverse = matrix(kPermute, "out.inverse", inverse, device);
+  check(readable(device) || p.out.rows >= rows, kPermute, ": out.x has ", p.out.rows,
+        " rows; on an accelerator it needs ", rows, ", enough for any ids");
   check_permute_output(kPermute, p, used);
-  return py::make_tuple(std::move(moved), std::move(inverse), std::move(groups));
+  return py::make_tuple(std::move(moved), std::move(inverse), std::move(starts), std::move(counts));
 }
 
 void run_permute(const RoutingKernel& kernel, py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
@@ -158,8 +158,8 @@ py::object prepare_unpermute(py::handle y, py::handle inverse, py::handle weight
   UnpermuteProblem p = unpermute_problem(y, inverse, weights, &device);
   check_plain(kUnpermute, "y", y);
   check_plain(kUnpermute, "weights", weights);
-  check_readable(kUnpermute, "inverse", device);
   check_unpermute(kUnpermute, p);
+  if (readable(device)) check_ids(kUnpermute, "inverse", p.inverse, p.y.rows);
   if (out.is_none())
     return allocate(y, device, {p.inverse.rows, p.y.cols}, dtype_argument(kUnpermute, out_dtype, p.y.dtype));
   p.out = matrix(kUnpermute, "out", out, device);

@@ -28,6 +28,10 @@ struct Runtime {
 
 Runtime& runtime();
 
+// Whether the host may look at what lies there. A call never waits for an accelerator: what depends on values there is
+// its kernels' business.
+inline bool readable(int device) { return (device & 0xffff) == dlpack::kCpu; }
+
 py::object interned(const char* name);
 
 struct View {

@@ -1,4 +1,5 @@
-// What routing kernels may take for granted, their integers' values included: those are read here, once a call.
+// What routing kernels may take for granted. Of operands in the CPU's memory that includes their integers' values,
+// which are read here, once a call.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -64,8 +65,8 @@ inline void check_gate_output(const char* op, const GateProblem& p) {
   check_apart(op, "out.weights", p.weights, "out.ids", p.ids);
 }
 
-// All but the outputs; then the values of ids and expert_map.
-inline void check_permute(const char* op, const PermuteProblem& p, int64_t experts) {
+// All but the outputs and the values of ids and expert_map.
+inline void check_permute(const char* op, const PermuteProblem& p) {
   check<TypeError>(is_float(p.x.dtype) || (is_fp8(p.x.dtype) && p.sx.values), op, ": x has dtype ", name_of(p.x.dtype),
                    is_fp8(p.x.dtype) ? " but no scale" : "", "; it is f32, f16 or bf16, or FP8 with a scale");
   check<TypeError>(!is_float(p.x.dtype) || !p.sx.values, op, ": x has dtype ", name_of(p.x.dtype),
@@ -77,15 +78,18 @@ inline void check_permute(const char* op, const PermuteProblem& p, int64_t exper
   }
   check_index_dtype(op, "ids", p.ids);
   check(p.ids.rows == p.x.rows, op, ": ids has ", p.ids.rows, " rows; x has ", p.x.rows, " tokens");
-  if (p.expert_map) {
-    check_index_dtype(op, "expert_map", p.expert_map);
-    check_ids(op, "expert_map", p.expert_map, experts);
-  }
+  if (p.expert_map) check_index_dtype(op, "expert_map", p.expert_map);
+}
+
+inline void check_permute_ids(const char* op, const PermuteProblem& p, int64_t experts) {
+  if (p.expert_map) check_ids(op, "expert_map", p.expert_map, experts);
   check_ids(op, "ids", p.ids, p.expert_map ? p.expert_map.cols : experts);
 }
 
 // counts[g], and starts[g]: the sum of the counts before it, each rounded up to the alignment. Returns the last end.
-inline int64_t count_experts(const PermuteProblem& p, int64_t* starts, int64_t* counts, int64_t experts) {
+inline int64_t count_experts(const PermuteProblem& p, const Matrix& of_starts, const Matrix& of_counts) {
+  auto *starts = reinterpret_cast<int64_t*>(of_starts.data), *counts = reinterpret_cast<int64_t*>(of_counts.data);
+  const int64_t experts = of_counts.cols;
   std::fill_n(counts, experts, 0);
   for (int64_t t = 0; t < p.ids.rows; ++t)
     for (int64_t j = 0; j < p.ids.cols; ++j)
@@ -140,7 +144,6 @@ inline void check_unpermute(const char* op, const UnpermuteProblem& p) {
                      "; it is f32, f16 or bf16");
     check_shape(op, "weights", p.weights, p.inverse.rows, p.inverse.cols, "like inverse");
   }
-  check_ids(op, "inverse", p.inverse, p.y.rows);
 }
 
 inline void check_unpermute_output(const char* op, const UnpermuteProblem& p) {

@@ -127,7 +127,7 @@ def prepare_permute(
     rows: int,
     out: tuple[Any, Any, torch.Tensor] | None,
     /,
-) -> tuple[torch.Tensor | ScaledTensor, torch.Tensor, torch.Tensor]: ...
+) -> tuple[torch.Tensor | ScaledTensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...  # x, inverse, starts, counts
 def prepare_unpermute(
     y: torch.Tensor,
     inverse: torch.Tensor,

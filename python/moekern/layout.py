@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -25,8 +25,11 @@ class GroupedLayout:
         and starts[g] = g * capacity. None for a contiguous layout, whose operand is [rows, ...].
 
     Groups ascend and share no row. What contradicts that, or does not fit, is a ValueError or TypeError
-    that names the argument. Making a layout reads its values, so on an accelerator it waits for them;
-    under torch.compile, where there are none yet, the op checks them when it runs.
+    that names the argument. Under torch.compile, where there are no values yet, the op checks them when it runs.
+
+    check: to look at the values. On an accelerator that waits for them, here, in `slices` and in `repr`. With
+        check=False nothing does, but for the constructors that take `rows`, where it is not given. Ops look again in
+        CPU memory; on an accelerator their kernels leave out the rows that are not the operand's.
     """
 
     starts: torch.Tensor
@@ -34,8 +37,9 @@ class GroupedLayout:
     rows: int
     alignment: int = 1
     capacity: int | None = None
+    check: InitVar[bool] = field(default=True, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, check: bool) -> None:
         _check_size("rows", self.rows, 0)
         _check_size("alignment", self.alignment, 1)
         for name in ("starts", "counts"):
@@ -51,12 +55,22 @@ class GroupedLayout:
                 raise ValueError(
                     f"rows is {self.rows}; {groups} groups of capacity {self.capacity} take {groups * self.capacity}"
                 )
-        if _readable(self.starts):
+        if check and _readable(self.starts):
             starts, counts = self.starts.to("cpu"), self.counts.to("cpu")
             _C.check_layout(starts, counts, self.rows, self.alignment, self.capacity)
 
     @classmethod
-    def from_counts(cls, counts: Integers, alignment: int = 1, rows: int | None = None) -> GroupedLayout:
+    def unfilled(cls, starts: torch.Tensor, counts: torch.Tensor, rows: int, alignment: int) -> GroupedLayout:
+        """Of tensors that a kernel is still to write to: neither looked at nor copied. For `prepare` of an op."""
+        self = cls.__new__(cls)
+        for name, value in (("starts", starts), ("counts", counts), ("rows", rows), ("alignment", alignment)):
+            object.__setattr__(self, name, value)
+        return self
+
+    @classmethod
+    def from_counts(
+        cls, counts: Integers, alignment: int = 1, rows: int | None = None, *, check: bool = True
+    ) -> GroupedLayout:
         """Groups one after another from row 0 on, each padded to a multiple of `alignment`.
 
         counts: [G] rows of each group. rows: of the operand, where it has more than the padded groups.
@@ -64,10 +78,12 @@ class GroupedLayout:
         _check_size("alignment", alignment, 1)
         counts = _integers("counts", counts)
         ends = _round_up(counts, alignment).cumsum(0)
-        return cls(_shifted(ends), counts, _last(ends) if rows is None else rows, alignment)
+        return cls(_shifted(ends), counts, _last(ends) if rows is None else rows, alignment, check=check)
 
     @classmethod
-    def from_offsets(cls, offsets: Integers, alignment: int = 1, rows: int | None = None) -> GroupedLayout:
+    def from_offsets(
+        cls, offsets: Integers, alignment: int = 1, rows: int | None = None, *, check: bool = True
+    ) -> GroupedLayout:
         """Group g is rows offsets[g] to offsets[g + 1].
 
         offsets: [G + 1], prefix sums. rows: of the operand, where it has more than offsets[G].
@@ -75,11 +91,14 @@ class GroupedLayout:
         offsets = _integers("offsets", offsets)
         if len(offsets) == 0:
             raise ValueError("offsets is empty; G groups have G + 1")
-        _check_ascending("offsets", offsets)
-        return cls(offsets[:-1], offsets.diff(), _last(offsets) if rows is None else rows, alignment)
+        if check:
+            _check_ascending("offsets", offsets)
+        return cls(offsets[:-1], offsets.diff(), _last(offsets) if rows is None else rows, alignment, check=check)
 
     @classmethod
-    def from_ends(cls, ends: Integers, alignment: int = 1, rows: int | None = None) -> GroupedLayout:
+    def from_ends(
+        cls, ends: Integers, alignment: int = 1, rows: int | None = None, *, check: bool = True
+    ) -> GroupedLayout:
         """Group g ends before row ends[g]; it starts where the one before ends, rounded up to `alignment`.
 
         ends: [G]. With alignment 1, the `offs` of torch's grouped_mm and scaled_grouped_mm; with 128,
@@ -88,26 +107,30 @@ class GroupedLayout:
         """
         _check_size("alignment", alignment, 1)
         ends = _integers("ends", ends)
-        _check_ascending("ends", ends)
+        if check:
+            _check_ascending("ends", ends)
         previous = _shifted(ends)
         starts = torch.where(ends == previous, previous, _round_up(previous, alignment))
-        if _readable(ends) and (g := _first(starts > ends)) is not None:
+        if check and _readable(ends) and (g := _first(starts > ends)) is not None:
             raise ValueError(f"ends[{g}] is {ends[g]}; by the alignment, {alignment}, the group starts at {starts[g]}")
-        return cls(starts, ends - starts, _last(ends) if rows is None else rows, alignment)
+        return cls(starts, ends - starts, _last(ends) if rows is None else rows, alignment, check=check)
 
     @classmethod
-    def from_indices(cls, indices: Integers, num_groups: int, *, alignment: int) -> GroupedLayout:
+    def from_indices(cls, indices: Integers, num_groups: int, *, alignment: int, check: bool = True) -> GroupedLayout:
         """The group of every row, -1 where it is none: DeepGEMM's m_indices.
 
         indices: [rows]. All of them are read, not the first of a tile only.
         """
         _check_size("num_groups", num_groups, 0)
         indices = _integers("indices", indices)
-        if _readable(indices) and (i := _first((indices < -1) | (indices >= num_groups))) is not None:
+        beyond = (indices < -1) | (indices >= num_groups)
+        if not check:
+            indices = indices.masked_fill(beyond, -1)
+        elif _readable(indices) and (i := _first(beyond)) is not None:
             raise ValueError(f"indices[{i}] is {indices[i]}; it must be -1 or one of {num_groups} groups")
         before = torch.cat([indices.new_full((1,), -1), indices])  # padding takes the label of the group before it
         before = before.cummax(0).values
-        if _readable(indices):
+        if check and _readable(indices):
             opens = torch.cat([indices[:1] >= 0, (indices[1:] >= 0) & (indices[1:] != indices[:-1])])
             if (i := _first(opens & (indices <= before[:-1]))) is not None:
                 raise ValueError(
@@ -117,14 +140,14 @@ class GroupedLayout:
         # Bin 0 is of label -1. A group starts where all rows end that are of smaller labels, filled as above.
         starts = _histogram(before[1:] + 1, num_groups + 1).cumsum(0)[:-1]
         counts = _histogram(indices + 1, num_groups + 1)[1:]
-        return cls(starts, counts, len(indices), alignment)
+        return cls(starts, counts, len(indices), alignment, check=check)
 
     @classmethod
-    def from_masked(cls, counts: Integers, capacity: int) -> GroupedLayout:
+    def from_masked(cls, counts: Integers, capacity: int, *, check: bool = True) -> GroupedLayout:
         """Of an operand [G, capacity, ...], the first counts[g] rows of each group: DeepGEMM's masked_m."""
         _check_size("capacity", capacity, 0)
         counts = _integers("counts", counts)
-        return cls(_slots(counts, capacity), counts, len(counts) * capacity, 1, capacity)
+        return cls(_slots(counts, capacity), counts, len(counts) * capacity, 1, capacity, check=check)
 
     def __len__(self) -> int:
         """The number of groups."""
@@ -143,9 +166,14 @@ class GroupedLayout:
     def indices(self) -> torch.Tensor:
         """The group of every row, -1 where it is none: [rows] int32, DeepGEMM's m_indices."""
         label = torch.arange(1, len(self) + 1, device=self.starts.device)
-        changes = label.new_zeros(self.rows + 1).index_add(0, self.starts, label)
-        changes = changes.index_add(0, self.starts + self.counts, -label)
+        starts, ends = (x.clamp(0, self.rows) for x in (self.starts, self.starts + self.counts))
+        changes = label.new_zeros(self.rows + 1).index_add(0, starts, label).index_add(0, ends, -label)
         return (changes.cumsum(0)[:-1] - 1).to(torch.int32)
+
+
+def at_hand(x: Integers) -> bool:
+    """Whether a look at x's values waits for no accelerator: what code asks that makes layouts within a call."""
+    return not isinstance(x, torch.Tensor) or x.device.type == "cpu"
 
 
 def _integers(name: str, x: Integers) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from moekern import ops
 from moekern.experts import ExpertWeights
-from moekern.layout import GroupedLayout
+from moekern.layout import GroupedLayout, at_hand
 from moekern.op import NotSupported
 from moekern.ops import Permuted, Routing, permuted_rows
 from moekern.ops.gate import SMALLEST_SUM
@@ -92,7 +92,7 @@ def _trace_gemm(a, b, c=None, bias=None, out=None, out_dtype=None):  # type: ign
 # ---- grouped products --------------------------------------------------------------------------------
 #
 # Weights are lists of tensors: one that is a stack, or a matrix for every group. The layout's values are
-# checked where the operator runs; a graph has none.
+# checked where the operator runs, unless that is an accelerator; a graph has none.
 
 _WEIGHTS_AND_LAYOUT = "Tensor[] b, Tensor[] sb, int[] block_b, Tensor starts, Tensor counts, SymInt rows"
 
@@ -101,7 +101,7 @@ def _define_m_grouped(op: Any) -> None:
     """One of the two m-grouped products; `capacity` makes it the masked one."""
 
     def run(a, sa, block_a, b, sb, block_b, starts, counts, rows, capacity, out_dtype):  # type: ignore[no-untyped-def]
-        layout = GroupedLayout(starts, counts, rows, capacity=capacity)
+        layout = GroupedLayout(starts, counts, rows, capacity=capacity, check=at_hand(starts))
         return op(_left(a, sa, block_a), from_lists(b, sb, block_b, op.name), layout, None, out_dtype)
 
     def fake(a, sa, block_a, b, sb, block_b, starts, counts, rows, capacity, out_dtype):  # type: ignore[no-untyped-def]
@@ -148,7 +148,7 @@ def _define_m_grouped(op: Any) -> None:
 
 
 def _k_grouped(a, sa, block_a, b, sb, block_b, starts, counts, rows, c, out_dtype):  # type: ignore[no-untyped-def]
-    layout = GroupedLayout(starts, counts, rows)
+    layout = GroupedLayout(starts, counts, rows, check=at_hand(starts))
     right = ScaledTensor(b, sb, tuple(block_b))
     return ops.k_grouped_fp8_gemm_tn_contiguous(_left(a, sa, block_a), right, layout, c, None, out_dtype)
 
@@ -404,9 +404,10 @@ def _trace_permute(x, ids, num_experts, *, alignment=1, expert_map=None, out=Non
         parts_of_target = (target,) if scale is None else tuple(target)
         for to, result in zip(parts_of_target, (moved, moved_scale), strict=False):
             to[: moved.shape[0]].copy_(result[: to.shape[0]])
-        return Permuted(target, GroupedLayout(starts, counts, target.shape[0], alignment), out_inverse.copy_(inverse))
+        layout = GroupedLayout(starts, counts, target.shape[0], alignment, check=at_hand(starts))
+        return Permuted(target, layout, out_inverse.copy_(inverse))
     rows = moved if scale is None else ScaledTensor(moved, moved_scale, block)
-    return Permuted(rows, GroupedLayout(starts, counts, moved.shape[0], alignment), inverse)
+    return Permuted(rows, GroupedLayout(starts, counts, moved.shape[0], alignment, check=at_hand(starts)), inverse)
 
 
 def _unpermute(y, inverse, weights, out_dtype):  # type: ignore[no-untyped-def]
@@ -426,7 +427,7 @@ def _save_unpermute(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _unpermute_backward(ctx, grad):  # type: ignore[no-untyped-def]
     """dy[inverse[t, j]] = weights[t, j] dout[t], dweights[t, j] = <y[inverse[t, j]], dout[t]>; -1 takes no part."""
     y, inverse, weights = ctx.saved_tensors
-    grad, kept = grad.float(), inverse >= 0
+    grad, kept = grad.float(), (inverse >= 0) & (inverse < y.shape[0])
     grad_y = grad_weights = None
     if ctx.needs_input_grad[0]:
         factors = kept.float() if weights is None else weights.float().where(kept, torch.zeros(()))
@@ -435,7 +436,7 @@ def _unpermute_backward(ctx, grad):  # type: ignore[no-untyped-def]
         sums = grad.new_zeros((y.shape[0] + 1, y.shape[1]))
         grad_y = sums.index_add(0, rows.flatten(), terms.flatten(0, 1))[: y.shape[0]].to(y.dtype)
     if weights is not None and ctx.needs_input_grad[2]:
-        products = (y[inverse.long().clamp(min=0)].float() * grad.unsqueeze(1)).sum(2)
+        products = (y[inverse.long().where(kept, torch.zeros_like(inverse))].float() * grad.unsqueeze(1)).sum(2)
         grad_weights = products.where(kept, torch.zeros(())).to(weights.dtype)
     return grad_y, None, grad_weights, None
 

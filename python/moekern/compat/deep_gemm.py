@@ -18,6 +18,7 @@ import torch
 import moekern
 from moekern import GroupedLayout
 from moekern import op as _dispatcher
+from moekern.layout import at_hand
 from moekern.scaled import BLOCK, ScaledTensor
 
 __all__ = [
@@ -197,7 +198,7 @@ def m_grouped_fp8_gemm_nt_contiguous(
     grouped_layout: int32 [M], the group of every row or -1; with use_psum_layout int32 [G], where group g's
         rows end, the next group starting at a multiple of `get_mk_alignment_for_contiguous_layout()`.
         Every label is read, so labels at a finer alignment are right, too; groups that are not
-        in one piece each, or out of order, are an error.
+        in one piece each, or out of order, are an error. On an accelerator they are taken at their word.
     ensure_zero_padding: with use_psum_layout, rows of d that belong to no group become zero; they are left
         alone otherwise.
     expected_m_for_psum_layout: a hint, ignored.
@@ -207,13 +208,14 @@ def m_grouped_fp8_gemm_nt_contiguous(
     name = "m_grouped_fp8_gemm_nt_contiguous"
     _check_output(name, d)
     left, right = _operands(name, a, b, recipe, recipe_a, recipe_b)
+    check = at_hand(grouped_layout)
     if use_psum_layout:
-        layout = GroupedLayout.from_ends(grouped_layout, _mk_alignment, rows=left.shape[0])
+        layout = GroupedLayout.from_ends(grouped_layout, _mk_alignment, rows=left.shape[0], check=check)
     else:
-        layout = GroupedLayout.from_indices(grouped_layout, right.shape[0], alignment=1)
+        layout = GroupedLayout.from_indices(grouped_layout, right.shape[0], alignment=1, check=check)
     moekern.m_grouped_fp8_gemm_nt_contiguous(left, right, layout, d)
     if use_psum_layout and ensure_zero_padding:
-        d[layout.indices() < 0] = 0
+        d.masked_fill_((layout.indices() < 0).unsqueeze(1), 0)
 
 
 def m_grouped_fp8_gemm_nn_contiguous(
@@ -237,14 +239,15 @@ def m_grouped_fp8_gemm_nt_masked(
 ) -> None:
     """D[g, i] = A[g, i] B[g]^T for i < masked_m[g]. a: ([G, M, K], sfa), b: ([G, N, K], sfb), d: [G, M, N].
 
-    masked_m: int32 [G]. expected_m: a hint, ignored; any number of rows up to M is right.
+    masked_m: int32 [G], on an accelerator taken at its word. expected_m: a hint, ignored; any number of rows up to M
+        is right.
 
     See moekern.m_grouped_fp8_gemm_nt_masked.
     """
     name = "m_grouped_fp8_gemm_nt_masked"
     _check_output(name, d)
     left, right = _operands(name, a, b, recipe, recipe_a, recipe_b)
-    layout = GroupedLayout.from_masked(masked_m, left.shape[-2])
+    layout = GroupedLayout.from_masked(masked_m, left.shape[-2], check=at_hand(masked_m))
     moekern.m_grouped_fp8_gemm_nt_masked(left, right, layout, d)
 
 
@@ -263,8 +266,8 @@ def k_grouped_fp8_gemm_tn_contiguous(
 
     Scales are float32, one for 128 rows of a column, as `per_channel_cast_to_fp8` makes them.
     ks: the rows of every group, multiples of 128.
-    ks_tensor: the same as a tensor, ignored; with use_psum_layout int32 [G], where group g's rows end, the
-        next group starting at a multiple of `get_mk_alignment_for_contiguous_layout()`.
+    ks_tensor: the same as a tensor, used on an accelerator only; with use_psum_layout int32 [G], where group g's rows
+        end, the next group starting at a multiple of `get_mk_alignment_for_contiguous_layout()`.
     c: to add to; it may be d itself.
 
     See moekern.k_grouped_fp8_gemm_tn_contiguous.
@@ -278,9 +281,11 @@ def k_grouped_fp8_gemm_tn_contiguous(
             raise TypeError(f"{name}: the scale of {which} has dtype torch.int32; it must be torch.float32")
     rows = a[0].shape[0]
     if use_psum_layout:
-        layout = GroupedLayout.from_ends(ks_tensor, _mk_alignment, rows=rows)
+        layout = GroupedLayout.from_ends(ks_tensor, _mk_alignment, rows=rows, check=at_hand(ks_tensor))
     else:
         layout = GroupedLayout.from_counts(list(ks), rows=rows)
+        if not at_hand(a[0]):
+            layout = GroupedLayout.from_counts(ks_tensor, rows=rows, check=False)
     left, right = (ScaledTensor(*x, (BLOCK, 1)) for x in (a, b))
     moekern.k_grouped_fp8_gemm_tn_contiguous(left, right, layout, c, d)
 

@@ -80,9 +80,12 @@ def moe_align_block_size(
             f"moe_align_block_size: expert_map has shape {list(expert_map.shape)}; num_experts is {num_experts}"
         )
     slots, device = topk_ids.numel(), topk_ids.device
+    experts = torch.arange(num_experts, device=device) if expert_map is None else expert_map
+    experts = torch.cat([experts.to(torch.int32), experts.new_full((1,), -1, dtype=torch.int32)])  # the last: of none
     if expert_map is not None and ignore_invalid_experts:
-        here = torch.cat([expert_map, expert_map.new_full((1,), -1)])[topk_ids.long()]  # id -1 takes the last
-        topk_ids = torch.where(here < 0, -1, topk_ids)
+        known = (topk_ids >= 0) & (topk_ids < num_experts)  # others are moe_permute's to refuse
+        here = experts[topk_ids.long().clamp(-1, num_experts)]
+        topk_ids = torch.where(known & (here < 0), -1, topk_ids)
     nothing = torch.empty((topk_ids.shape[0], 0), device=device)
     _, layout, inverse = moekern.moe_permute(nothing, topk_ids, num_experts, alignment=block_size)
     length = slots + num_experts * (block_size - 1)
@@ -91,10 +94,8 @@ def moe_align_block_size(
     if slots < num_experts:
         length = min(slots * block_size, length)
     blocks = (layout.counts + block_size - 1) // block_size
-    experts = torch.arange(num_experts, device=device) if expert_map is None else expert_map
-    used = experts.to(torch.int32).repeat_interleave(blocks)
-    expert_ids = torch.full((-(-length // block_size),), -1, dtype=torch.int32, device=device)
-    expert_ids[: len(used)] = used
+    block = torch.arange(-(-length // block_size), device=device)
+    expert_ids = experts[torch.searchsorted(blocks.cumsum(0), block, right=True)]
     return _slot_of_every_row(inverse, length), expert_ids, (blocks.sum() * block_size).to(torch.int32).reshape(1)
 
 

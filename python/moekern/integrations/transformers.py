@@ -28,7 +28,7 @@ import torch
 
 import moekern
 from moekern.integrations.compressed_tensors import OURS, SCALE, block_fp8
-from moekern.layout import GroupedLayout
+from moekern.layout import GroupedLayout, at_hand
 from moekern.scaled import ScaledTensor
 
 Module = Any  # a module of transformers, whose attributes only it declares
@@ -196,7 +196,8 @@ def grouped_matmul(x, weight, scale, *, offsets, tokens_per_expert=None, block_s
         return _theirs().grouped_matmul(
             x, weight, scale, offsets=offsets, tokens_per_expert=tokens_per_expert, block_size=block_size, **options
         )
-    return _grouped(x, _weights(weight, scale, block_size), GroupedLayout.from_ends(offsets, rows=x.shape[0]))
+    layout = GroupedLayout.from_ends(offsets, rows=x.shape[0], check=at_hand(offsets))
+    return _grouped(x, _weights(weight, scale, block_size), layout)
 
 
 def batched_matmul(x, weight, scale, *, expert_ids, block_size=None, **options):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ import torch
 
 from moekern import _C
 from moekern.experts import Expert, ExpertWeights
-from moekern.layout import GroupedLayout
+from moekern.layout import GroupedLayout, at_hand
 from moekern.op import device_of, op
 from moekern.ops.quantize import reference_cast
 from moekern.scaled import BLOCK, FORMATS, ScaledTensor, as_scaled, as_tensor
@@ -129,7 +129,8 @@ def fused_experts(
     workspace: torch.uint8 [bytes] for intermediate results; see `fused_experts_workspace`. A compiler ignores it.
 
     Two calls on one machine give the same bits whatever the number of threads. Raises ValueError or TypeError
-    naming the argument; NotSupported when no kernel takes the call.
+    naming the argument; NotSupported when no kernel takes the call. What ids and expert_map hold is checked, too; on
+    an accelerator it is not looked at, and what names no expert counts as -1.
     Method: DeepSeek-V3 (arXiv:2412.19437, section 2.1.2); gpt-oss (openai/gpt-oss, torch/model.py: swiglu).
     """
     if expert_map is not None:
@@ -215,7 +216,8 @@ def batched_experts(
 
     x: [E, rows, H] float32, float16 or bfloat16, copied if its experts do not lie one after the other. Rows past
         the count are not read.
-    counts: [E] int32 or int64, or a GroupedLayout of that kind (`from_masked`).
+    counts: [E] int32 or int64, or a GroupedLayout of that kind (`from_masked`). On an accelerator its values are not
+        looked at: a count beyond `rows` is all of them.
     out: [E, rows, H], contiguous, or None to allocate. Other options are those of `fused_experts`.
     """
     if x.dim() != 3 or len(x) != experts.num_experts:
@@ -225,9 +227,15 @@ def batched_experts(
         )
     rows = x.shape[1]
     try:
-        layout = counts if isinstance(counts, GroupedLayout) else GroupedLayout.from_masked(counts, rows)
+        layout = (
+            counts
+            if isinstance(counts, GroupedLayout)
+            else GroupedLayout.from_masked(counts, rows, check=at_hand(counts))
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"batched_experts: {error}") from None
+    if layout.counts.device != x.device:
+        raise ValueError(f"batched_experts: counts is on {layout.counts.device}; x is on {x.device}")
     if layout.capacity != rows or len(layout) != len(x):
         raise ValueError(
             f"batched_experts: counts is of {len(layout)} experts and capacity {layout.capacity}; x has {len(x)} with "

@@ -64,6 +64,8 @@ def m_grouped_fp8_gemm_nt_contiguous(
         [G, N, K] and [G, rows, columns] of the scale grid; or GroupedWeights, for matrices that are tensors of
         their own. A list of such matrices will do, but is read anew by every call.
     layout: a contiguous GroupedLayout of G groups and M rows. Groups may have any number of rows, none too.
+        What it holds is checked once more, since it may have been written to; on an accelerator it is not looked
+        at, and rows that `a` does not have are left out.
     out: [M, N] to write to, or None to allocate. Rows that belong to no group are not written: what
         `out` holds there stays, and a result allocated here has zeros there.
     out_dtype: as for `fp8_gemm_nt`.

@@ -55,8 +55,8 @@ def _prepare_permute(
     if out is not None and not (isinstance(out, tuple) and len(out) == 3):
         raise TypeError(f"{name}: out is a {type(out).__name__}; it must be a Permuted")
     rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
-    moved, inverse, groups = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, rows, out)
-    layout = GroupedLayout(groups[0], groups[1], moved.shape[0], alignment)
+    moved, inverse, starts, counts = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, rows, out)
+    layout = GroupedLayout.unfilled(starts, counts, moved.shape[0], alignment)
     return x, ids, num_experts, alignment, expert_map, Permuted(moved, layout, inverse)
 
 
@@ -84,14 +84,15 @@ def moe_permute(
     expert_map: [E] int32 or int64, for ids of E experts of which some live elsewhere: the expert here, 0 to
         num_experts - 1, or -1, which drops the slot.
     out: a Permuted whose x and inverse are written to. x may have any number of rows that suffices;
-        `permuted_rows` says how many always do. Its layout is not looked at: the result has its own.
+        `permuted_rows` says how many always do, and an accelerator takes no fewer. Its layout is not looked at: the
+        result has its own.
 
     Rows of an expert keep the order of the tokens, and of the slots within a token. The rows between an expert's last
     and the next multiple of `alignment` are zero, scales too. The rows behind the last expert's, of which there are
     some where slots are dropped or alignment is not 1, are not written to.
 
     A float x has a gradient. Raises ValueError or TypeError naming the argument; what ids and expert_map hold
-    is checked before anything is moved.
+    is checked before anything is moved. On an accelerator it is not looked at: what names no expert counts as -1.
     """
     local = ids.long() if expert_map is None else _mapped(ids.long(), expert_map.long())
     inverse = torch.full(ids.shape, -1, dtype=torch.int32)
@@ -165,6 +166,7 @@ def moe_unpermute(
     is zero. y and weights have gradients.
 
     Raises ValueError or TypeError naming the argument; what inverse holds is checked before anything is read.
+    On an accelerator it is not looked at: what names no row of y counts as -1.
     """
     sums = torch.zeros(inverse.shape[0], y.shape[1], dtype=torch.float64)
     for token, rows in enumerate(inverse.tolist()):
