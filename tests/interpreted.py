@@ -6,10 +6,12 @@ no races. Programs run in an order that changes from call to call, and memory th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -45,11 +47,18 @@ def of_target(name: str) -> list[Executor]:
     return [_executor(op, kernel) for op, kernel in kernels(family)]
 
 
+@contextlib.contextmanager
+def interpreter() -> Iterator[None]:
+    """In which kernels run."""
+    _quicken()
+    with mock.patch("torch.empty", _poisoned), _shuffled():
+        yield
+
+
 def _executor(op: Op, kernel: Any) -> Executor:
     def run(*args: Any, **kwargs: Any) -> Any:
         call = op.prepare(*args, **kwargs)
-        _quicken()
-        with mock.patch("torch.empty", _poisoned), _shuffled():
+        with interpreter():
             kernel.run(*call)
         return call[op.output_index]
 

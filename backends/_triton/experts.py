@@ -264,7 +264,7 @@ def _experts(
     shape = Shape(average, weights.hidden_size, size, weights.num_experts, 8 * down.a.data.element_size())
     return [
         _gate_up(target, choose, x, of, weights, rows, options, h),
-        group_product(
+        *group_product(
             target,
             choose(target, shape),
             down,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from moekern.backends._triton.product import (
     pair,
     product,
     refuses_scales,
+    tiles_and_repair,
 )
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Shape, Tiles
@@ -31,13 +31,13 @@ from moekern.scaled import ScaledTensor
 def gemm_kernel(
     a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows,
     b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows,
-    c, c_row, c_column, bias, out, out_split, out_row, out_column, flags, m, n, k, chunk,
+    c, c_row, c_column, bias, out, out_split, out_row, out_column, flags, flag_rows, m, n, k, chunk,
     A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
     B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr,
     HAS_C: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SWAP: tl.constexpr,
     GROUP: tl.constexpr, WIDE: tl.constexpr,
-    TILES: tl.constexpr, SPECIALISED: tl.constexpr, REPAIR: tl.constexpr,
+    TILES: tl.constexpr, SPECIALISED: tl.constexpr, REPAIR: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """Tiles of D, or with several programs along axis 1, of as many sums over `chunk` columns of k each.
 
@@ -76,7 +76,7 @@ def gemm_kernel(
                     ROWS, COLUMNS, STEP, SPECIALISED,
                 )  # fmt: skip
             elif REPAIR:
-                flag = tl.load(flags + tile * ROWS + tl.arange(0, ROWS))
+                flag = tl.load(flags + (tile_n * COLUMNS // FLAGGED).to(tl.int64) * flag_rows + i, mask=i < m, other=0)
                 end = tl.where(tl.max(flag, 0) != 0, last, first)
                 sums = normalised(
                     a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step, first, end,
@@ -91,7 +91,7 @@ def gemm_kernel(
         inside = (i < m) & (j < n)
         if TILES:
             flag = overflowed(sums)
-            tl.store(flags + tile * ROWS + tl.arange(0, ROWS), flag)
+            tl.store(flags + tile_n.to(tl.int64) * flag_rows + i, flag[:, None], mask=i < m)
             inside = inside & (flag == 0)[:, None]
         if REPAIR:
             inside = inside & (flag != 0)[:, None]
@@ -145,23 +145,7 @@ def gemm(
     product = _product(target, operands, tiles, c, bias, out, out.stride(), 1)
     if not (tiles.descriptors and described):
         return [product]
-    return tiles_and_repair(product, tiles, triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns), out.device)
-
-
-def tiles_and_repair(product: Launch, tiles: Tiles, count: int, device: torch.device) -> list[Launch]:
-    """The product by descriptors, and another of the rows of its `count` tiles that it flags."""
-    flags = torch.empty(count * tiles.rows, dtype=torch.uint8, device=device)
-    arguments = {**product.arguments, "flags": flags}
-    return [
-        replace(
-            product,
-            arguments=arguments,
-            constants={**product.constants, "TILES": True, "SPECIALISED": tiles.specialised},
-        ),
-        replace(
-            product, arguments=arguments, constants={**product.constants, "REPAIR": True}, num_warps=8, num_stages=1
-        ),
-    ]
+    return tiles_and_repair(product, tiles, m, n, out.device)
 
 
 def _product(
@@ -187,6 +171,7 @@ def _product(
             "out_row": steps[0],
             "out_column": steps[1],
             "flags": out,
+            "flag_rows": m,
             "m": m,
             "n": n,
             "k": k,
@@ -206,6 +191,7 @@ def _product(
             "TILES": False,
             "SPECIALISED": False,
             "REPAIR": False,
+            "FLAGGED": tiles.columns,
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,

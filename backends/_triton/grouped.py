@@ -12,7 +12,16 @@ import triton.language as tl
 from moekern.backends._triton.formats import rounded
 from moekern.backends._triton.launch import Launch
 from moekern.backends._triton.order import group_of, rasterised, rows_of_groups
-from moekern.backends._triton.product import Pair, pair, product, refuses_scales
+from moekern.backends._triton.product import (
+    Pair,
+    multiply_tiles,
+    normalised,
+    overflowed,
+    pair,
+    product,
+    refuses_scales,
+    tiles_and_repair,
+)
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Shape, Tiles
 from moekern.backends._triton.weights import Places, of_weights
@@ -26,18 +35,22 @@ def m_grouped_kernel(
     a, a_scale, a_row, a_step, a_scale_row, a_scale_step, a_block_rows, a_group, a_scale_group,
     b, b_scale, b_row, b_step, b_scale_row, b_scale_step, b_block_rows,
     b_group, b_table, b_scale_group, b_scale_table, bias, bias_step, bias_table,
-    starts, counts, groups, rows, out, out_group, out_row, out_column,
+    starts, counts, groups, rows, out, out_group, out_row, out_column, flags, flag_rows,
     n, k, A: tl.constexpr, B: tl.constexpr, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, A_UE8M0: tl.constexpr,
     B_UE8M0: tl.constexpr, NATIVE: tl.constexpr,
     TO: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr, ONE_B_SCALE: tl.constexpr, MASKED: tl.constexpr,
     TABLE: tl.constexpr, ALIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,     SWAP: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr, SPECIALISED: tl.constexpr, REPAIR: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """D[i] = cast(bias[g] + A[i] B[g]^T) for the rows of every group.
 
     rows: of the operand, or of a group's slots if MASKED.
     """
     starts_of, counts_of = rows_of_groups(starts, counts, groups, rows, MASKED, GROUPS)
+    if TILES:
+        a_tiles = tl.make_tensor_descriptor(a, [groups * rows if MASKED else rows, k], [a_row, 1], [ROWS, STEP])
+        b_tiles = tl.make_tensor_descriptor(b, [groups * n, k], [b_row, 1], [COLUMNS, STEP])
     heights = tl.cdiv(counts_of, ROWS)
     tiles_n = tl.cdiv(n, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.sum(heights, 0) * tiles_n, tl.num_programs(0)):
@@ -50,6 +63,7 @@ def m_grouped_kernel(
         group = g.to(tl.int64)
         i = (tile_m * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         j = (tile_n * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+        first_row = group * rows if MASKED else start  # of all groups' rows
         row, column = start + tl.minimum(i, count - 1), tl.minimum(j, n - 1)
         a_at = a + group * a_group + row * a_row
         a_scale_at = a_scale + group * a_scale_group + row // a_block_rows * a_scale_row
@@ -71,15 +85,37 @@ def m_grouped_kernel(
             )  # fmt: skip
             i, j = i[None, :], j[:, None]
         else:
-            sums = product(
-                a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step,
-                0, k, A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
-            )  # fmt: skip
+            if TILES:
+                sums = multiply_tiles(
+                    a_tiles, first_row.to(tl.int32) + tile_m * ROWS, a_scale_at, a_scale_step,
+                    b_tiles, g * n + tile_n * COLUMNS, b_scale_at, b_scale_step, 0, k, A_BLOCK, B_BLOCK, True,
+                    not ONE_B_SCALE, A_UE8M0, B_UE8M0, ROWS, COLUMNS, STEP, SPECIALISED,
+                )  # fmt: skip
+            elif REPAIR:
+                at = flags + (tile_n * COLUMNS // FLAGGED).to(tl.int64) * flag_rows + first_row
+                flag = tl.load(at + i, mask=i < count, other=0)
+                sums = normalised(
+                    a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step, 0,
+                    tl.where(tl.max(flag, 0) != 0, k, 0),
+                    A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP,
+                ).to(tl.float32)  # fmt: skip
+            else:
+                sums = product(
+                    a_at, a_step, a_scale_at, a_scale_step, b_at, b_step, b_scale_at, b_scale_step, 0, k,
+                    A, B, A_BLOCK, B_BLOCK, True, not ONE_B_SCALE, A_UE8M0, B_UE8M0, NATIVE, TO, EVEN, STEP, False,
+                )  # fmt: skip
             i, j = i[:, None], j[None, :]
+        inside = (i < count) & (j < n)
+        if TILES:
+            flag = overflowed(sums)
+            tl.store(flags + tile_n.to(tl.int64) * flag_rows + first_row + i, flag[:, None], mask=i < count)
+            inside = inside & (flag == 0)[:, None]
+        if REPAIR:
+            inside = inside & (flag != 0)[:, None]
         if HAS_BIAS:
             sums += tl.load(bias + tl.load(bias_table + group) + j * bias_step, mask=j < n, other=0.0).to(tl.float32)
         at = out + group * out_group + (start + i) * out_row + j * out_column
-        tl.store(at, rounded(sums, out.dtype.element_ty), mask=(i < count) & (j < n))
+        tl.store(at, rounded(sums, out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -133,21 +169,28 @@ def m_grouped(
     first, *places = of_weights(b)
     operands = pair(target, a, first, k)
     rows = out.shape[-2] if out.dim() == 3 else triton.cdiv(out.shape[0], groups)
-    tiles = choose(target, Shape(rows, n, k, groups, 8 * operands.a.data.element_size()))
-    return [group_product(target, tiles, operands, (places[0], places[1]), layout.starts, layout.counts, groups, out)]
+    described = operands.describable() and places[0].table is None
+    tiles = choose(target, Shape(rows, n, k, groups, 8 * operands.a.data.element_size(), 8, described))
+    return group_product(
+        target, tiles, operands, (places[0], places[1]), layout.starts, layout.counts, groups, out, described=described
+    )
 
 
 def group_product(
     target: Target, tiles: Tiles, operands: Pair, places: tuple[Places, Places], starts: torch.Tensor,
     counts: torch.Tensor, groups: int, out: torch.Tensor, bias: tuple[torch.Tensor, Places] | None = None,
-) -> Launch:  # fmt: skip
-    """places: of the data and scales of b's matrices. bias: the first group's, and where all are."""
+    described: bool = False,
+) -> list[Launch]:  # fmt: skip
+    """places: of the data and scales of b's matrices. bias: the first group's, and where all are.
+
+    described: tensor descriptors may stand for all of a, and all of b.
+    """
     left, k = operands.a, operands.k
     masked, rows, n = out.dim() == 3, out.shape[-2], out.shape[-1]
     heights = groups * triton.cdiv(rows, tiles.rows) if masked else triton.cdiv(rows, tiles.rows) + groups
     most = heights * triton.cdiv(n, tiles.columns) if rows else 0
     block = operands.b.block[0]
-    return Launch(
+    product = Launch(
         m_grouped_kernel,
         (min(most, target.processors),),
         {
@@ -168,6 +211,8 @@ def group_product(
             "out_group": out.stride(0) if masked else 0,
             "out_row": out.stride(-2),
             "out_column": out.stride(-1),
+            "flags": counts,
+            "flag_rows": rows,
             "n": n,
             "k": k,
         },
@@ -184,10 +229,17 @@ def group_product(
             "COLUMNS": tiles.columns,
             "SWAP": tiles.swap,
             "GROUP": tiles.group,
+            "TILES": False,
+            "SPECIALISED": False,
+            "REPAIR": False,
+            "FLAGGED": tiles.columns,
         },
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
+    if not (tiles.descriptors and described) or not most:
+        return [product]
+    return tiles_and_repair(product, tiles, groups * rows if masked else rows, n, out.device)
 
 
 def refuses_k_grouped(

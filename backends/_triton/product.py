@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import decode, dot, load_scale, rounded, to_fnuz
+from moekern.backends._triton.launch import Launch
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Tiles
 from moekern.scaled import BLOCK, ScaledTensor
@@ -296,3 +297,15 @@ def refuses_scales(k: int, *operands: Any) -> str | None:
         blocks = " and ".join(str(x.block[1]) for x in operands if isinstance(x, ScaledTensor))
         return f"takes scales of multiples of {LEAST_STEP} columns; these are of {blocks}"
     return None
+
+
+def tiles_and_repair(product: Launch, tiles: Tiles, rows: int, columns: int, device: torch.device) -> list[Launch]:
+    """The product by descriptors, and another, in small tiles, of what it flags: rows of a tile's columns."""
+    flags = torch.empty((triton.cdiv(columns, tiles.columns), rows), dtype=torch.uint8, device=device)
+    arguments = {**product.arguments, "flags": flags, "flag_rows": rows}
+    by_tiles = {"TILES": True, "SPECIALISED": tiles.specialised}
+    repair = {"REPAIR": True, "ROWS": min(tiles.rows, 64), "COLUMNS": min(tiles.columns, 64)}
+    return [
+        replace(product, arguments=arguments, constants={**product.constants, **by_tiles}),
+        replace(product, arguments=arguments, constants={**product.constants, **repair}, num_warps=4, num_stages=1),
+    ]
