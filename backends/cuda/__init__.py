@@ -38,7 +38,7 @@ def target_of(where: torch.device) -> Target:
         "cuda",
         arch,
         properties.warp_size,
-        properties.shared_memory_per_block_optin,
+        getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
         properties.multi_processor_count,
         native_formats(f"sm_{arch}"),
     )

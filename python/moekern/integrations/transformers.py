@@ -140,7 +140,9 @@ def _dotted(release: tuple[int, ...]) -> str:
 
 
 def _is_ours(x: torch.Tensor) -> bool:
-    return any(x.device.type == kernel.kind for kernel in moekern.fp8_gemm_nt.kernels)
+    """Whether moekern has a kernel for where x is. torch calls AMD's devices "cuda", too."""
+    kinds = {"cuda": ("cuda", "rocm")}.get(x.device.type, (x.device.type,))
+    return any(kernel.kind in kinds for kernel in moekern.fp8_gemm_nt.kernels)
 
 
 def _theirs() -> Any:
