@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import decode, encode, load_scale, rounded, rounded_up
-from moekern.backends._triton.launch import Launch, strides
+from moekern.backends._triton.launch import Launch, cdiv, strides
 from moekern.scaled import FORMATS, MAX, ScaledTensor
 
 ROWS = {(1, 128): 16, (128, 128): 128, (128, 1): 128}  # of a tile
@@ -59,7 +59,7 @@ def cast(x: torch.Tensor, round_scale_up: bool, out: ScaledTensor, gated: bool) 
     tile = ROWS[block], COLUMNS[block]
     return Launch(
         cast_kernel,
-        (triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1])),
+        (cdiv(rows, tile[0]), cdiv(columns, tile[1])),
         {
             "x": x,
             "data": out.data.view(torch.uint8),
@@ -119,7 +119,7 @@ def dequantize(x: ScaledTensor, out: torch.Tensor, out_dtype: Any = None) -> lis
     return [
         Launch(
             dequantize_kernel,
-            (triton.cdiv(rows, _BACK[0]), triton.cdiv(columns, _BACK[1])),
+            (cdiv(rows, _BACK[0]), cdiv(columns, _BACK[1])),
             {
                 "data": x.data.view(torch.uint8),
                 "scale": scale,

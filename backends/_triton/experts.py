@@ -17,7 +17,7 @@ from moekern.backends._triton.casts import cast
 from moekern.backends._triton.formats import encode, rounded
 from moekern.backends._triton.gating import gated
 from moekern.backends._triton.grouped import group_product
-from moekern.backends._triton.launch import Launch, strides
+from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2, strides
 from moekern.backends._triton.order import group_of, rasterised, rows_of_groups
 from moekern.backends._triton.permute import sort
 from moekern.backends._triton.product import pair, product, refuses_scales
@@ -214,7 +214,7 @@ def _chunk(
     if options.quantise and not isinstance(x, ScaledTensor):
         quantised = ScaledTensor(
             space.take((tokens, hidden), torch.float8_e4m3fn),
-            space.take((tokens, triton.cdiv(hidden, BLOCK)), torch.float32),
+            space.take((tokens, cdiv(hidden, BLOCK)), torch.float32),
             (1, BLOCK),
         )
         launches.append(cast(x, False, quantised, gated=False))
@@ -252,7 +252,7 @@ def _experts(
     size, x_dtype = weights.intermediate_size, x.data.dtype if isinstance(x, ScaledTensor) else x.dtype
     h: Any
     if options.quantise:
-        blocks = triton.cdiv(size, BLOCK)
+        blocks = cdiv(size, BLOCK)
         h = ScaledTensor(
             space.take((rows.rows, size), torch.float8_e4m3fn), space.take((rows.rows, blocks), torch.float32),
             (1, BLOCK),
@@ -260,7 +260,7 @@ def _experts(
     else:
         h = space.take((rows.rows, size), x_dtype)
     down = pair(target, h, of.down, size)
-    average = triton.cdiv(rows.rows, weights.num_experts)
+    average = cdiv(rows.rows, weights.num_experts)
     shape = Shape(average, weights.hidden_size, size, weights.num_experts, 8 * down.a.data.element_size())
     return [
         _gate_up(target, choose, x, of, weights, rows, options, h),
@@ -284,11 +284,11 @@ def _gate_up(
 ) -> Launch:  # fmt: skip
     operands = pair(target, x, of.gate_up, weights.hidden_size)
     size, groups = weights.intermediate_size, weights.num_experts
-    average = triton.cdiv(rows.rows, groups)
+    average = cdiv(rows.rows, groups)
     shape = Shape(average, 2 * size, operands.k, groups, 8 * operands.a.data.element_size())
     tiles = choose(target, shape)
     units = BLOCK if options.quantise else tiles.columns // 2
-    most = (triton.cdiv(rows.rows, tiles.rows) + groups) * triton.cdiv(size, units)
+    most = (cdiv(rows.rows, tiles.rows) + groups) * cdiv(size, units)
     data, scale = (h.data.view(torch.uint8), h.scale) if options.quantise else (h, h)
     bias = of.gate_up_bias
     on_input = rows.starts if options.weights is None else options.weights
@@ -336,7 +336,7 @@ def _gate_up(
             "ACTIVATION": options.activation,
             "HAS_LIMIT": options.limit is not None,
             "QUANTISE": options.quantise,
-            "GROUPS": triton.next_power_of_2(groups),
+            "GROUPS": next_power_of_2(groups),
             "ROWS": tiles.rows,
             "UNITS": units,
             "SWAP": tiles.swap,
@@ -355,7 +355,7 @@ def _combine(
     tokens, columns = out.shape
     return Launch(
         combine_kernel,
-        (triton.cdiv(tokens, rows), triton.cdiv(columns, width)),
+        (cdiv(tokens, rows), cdiv(columns, width)),
         {
             "y": y,
             "inverse": inverse,
@@ -380,11 +380,11 @@ def _bytes_of_token(experts: ExpertWeights, shared: ExpertWeights | None, topk: 
     """Bytes of intermediate results for one token, without what rounding up to _ALIGNED takes."""
     hidden = experts.hidden_size
     element = 1 if quantise else x.element_size()
-    total = topk * 8 + (hidden + 4 * triton.cdiv(hidden, BLOCK) if quantise else 0)
+    total = topk * 8 + (hidden + 4 * cdiv(hidden, BLOCK) if quantise else 0)
     for weights, rows in ((experts, topk), (shared, shared.num_experts if shared is not None else 0)):
         if weights is not None:
             size = weights.intermediate_size
-            total += rows * (4 * hidden + element * size + (4 * triton.cdiv(size, BLOCK) if quantise else 0))
+            total += rows * (4 * hidden + element * size + (4 * cdiv(size, BLOCK) if quantise else 0))
     return total
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moekern.backends._triton.launch import Launch, strides
+from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2, strides
 from moekern.ops.gate import SMALLEST_SUM
 
 _LANES = 1024  # of a warp: three registers for each 32 of them, two of which are the key's
@@ -124,13 +124,13 @@ def gate(
     masked = topk_group < num_expert_group
     count = num_expert_group if masked else 1
     size = experts // count
-    groups, width = triton.next_power_of_2(count), triton.next_power_of_2(size)
+    groups, width = next_power_of_2(count), next_power_of_2(size)
     lanes = groups * width
     rows = max(min(_LANES // lanes, _MOST_ROWS), 1) * _FASTER
     return [
         Launch(
             gate_kernel,
-            (triton.cdiv(tokens, rows),),
+            (cdiv(tokens, rows),),
             {
                 "logits": logits,
                 "bias": correction_bias,
@@ -156,7 +156,7 @@ def gate(
                 "ROWS": rows,
                 "GROUPS": groups,
                 "WIDTH": width,
-                "SLOTS": triton.next_power_of_2(topk),
+                "SLOTS": next_power_of_2(topk),
             },
             num_warps=max(lanes // _LANES, 1),
         )

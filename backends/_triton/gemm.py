@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import rounded
-from moekern.backends._triton.launch import Launch
+from moekern.backends._triton.launch import Launch, cdiv
 from moekern.backends._triton.order import rasterised
 from moekern.backends._triton.product import (
     Pair,
@@ -153,8 +153,8 @@ def _product(
 ) -> Launch:
     m, n = out.shape[-2:]
     k, step = operands.k, operands.step
-    count = triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns)
-    chunk = max(triton.cdiv(triton.cdiv(k, splits), step) * step, step)
+    count = cdiv(m, tiles.rows) * cdiv(n, tiles.columns)
+    chunk = max(cdiv(cdiv(k, splits), step) * step, step)
     block = operands.b.block[0]
     return Launch(
         gemm_kernel,
@@ -202,7 +202,7 @@ def _add_splits(sums: torch.Tensor, c: Any, bias: Any, out: torch.Tensor) -> Lau
     elements, block = out.numel(), 1024
     return Launch(
         add_splits_kernel,
-        (triton.cdiv(elements, block),),
+        (cdiv(elements, block),),
         {
             "sums": sums,
             "splits": len(sums),

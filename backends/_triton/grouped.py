@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import rounded
-from moekern.backends._triton.launch import Launch
+from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2
 from moekern.backends._triton.order import group_of, rasterised, rows_of_groups
 from moekern.backends._triton.product import (
     Pair,
@@ -168,7 +168,7 @@ def m_grouped(
         return []
     first, *places = of_weights(b)
     operands = pair(target, a, first, k)
-    rows = out.shape[-2] if out.dim() == 3 else triton.cdiv(out.shape[0], groups)
+    rows = out.shape[-2] if out.dim() == 3 else cdiv(out.shape[0], groups)
     described = operands.describable() and places[0].table is None
     tiles = choose(target, Shape(rows, n, k, groups, 8 * operands.a.data.element_size(), 8, described))
     return group_product(
@@ -187,8 +187,8 @@ def group_product(
     """
     left, k = operands.a, operands.k
     masked, rows, n = out.dim() == 3, out.shape[-2], out.shape[-1]
-    heights = groups * triton.cdiv(rows, tiles.rows) if masked else triton.cdiv(rows, tiles.rows) + groups
-    most = heights * triton.cdiv(n, tiles.columns) if rows else 0
+    heights = groups * cdiv(rows, tiles.rows) if masked else cdiv(rows, tiles.rows) + groups
+    most = heights * cdiv(n, tiles.columns) if rows else 0
     block = operands.b.block[0]
     product = Launch(
         m_grouped_kernel,
@@ -224,7 +224,7 @@ def group_product(
             "TABLE": places[0].table is not None,
             "ALIGNED": places[0].aligned,
             "HAS_BIAS": bias is not None,
-            "GROUPS": triton.next_power_of_2(groups),
+            "GROUPS": next_power_of_2(groups),
             "ROWS": tiles.rows,
             "COLUMNS": tiles.columns,
             "SWAP": tiles.swap,
@@ -256,7 +256,7 @@ def k_grouped(
     groups, m, n = out.shape
     operands = pair(target, a.T, b.T, layout.rows)
     tiles = choose(target, Shape(m, n, layout.rows, groups, 8 * operands.a.data.element_size()))
-    most = groups * triton.cdiv(m, tiles.rows) * triton.cdiv(n, tiles.columns)
+    most = groups * cdiv(m, tiles.rows) * cdiv(n, tiles.columns)
     like = out if c is None else c
     return [
         Launch(

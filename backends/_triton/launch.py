@@ -1,35 +1,36 @@
-"""One launch of a kernel."""
+"""One launch of a kernel.
+
+Triton's own way, `kernel[grid](...)`, binds arguments by name and writes options and specialisation into a string, and
+takes the longer the more arguments a kernel has.
+So `Launch.run` keeps, for every kernel, what was compiled for which specialisation, and asks Triton only for new ones.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton import knobs
+from triton.runtime.driver import driver
 
+from moekern.backends._triton.ahead import Absent, active
 from moekern.backends._triton.targets import Target
 
-_POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-    torch.float8_e4m3fnuz: "*fp8e4b8",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
-_ALIGNED = 16  # bytes of an address, or elements of a size, that the compiler may count on
+try:  # internals, which may move; without them Triton launches in its own way
+    from triton._C.libtriton import native_specialize_impl as _specialise
+    from triton.compiler import CompiledKernel, make_backend
+    from triton.runtime import JITFunction
+except ImportError:
+    _specialise = None
 
 
 @dataclass(frozen=True)
 class Launch:
-    """arguments: tensors, integers and floats, in the kernel's order; constants: what it is compiled for."""
+    """arguments: tensors, integers and floats; constants: what the kernel is compiled for. Together all it takes."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -42,34 +43,134 @@ class Launch:
     def options(self) -> dict[str, Any]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": self.fp_fusion}
 
-    def run(self) -> None:
-        """On the device of its tensors; in the interpreter on the CPU if TRITON_INTERPRET was set before the import."""
-        if all(self.grid):
+    def run(self, stream: int | None = None) -> None:
+        """On the device of its tensors; in the interpreter on the CPU if TRITON_INTERPRET was set before the import.
+
+        stream: the handle of the one to run on, for operands of a library with a current stream of its own. None:
+        torch's current one, which is the one that a graph is captured from. Nothing waits for anything.
+        """
+        if not all(self.grid):
+            return
+        forms = _forms(self.kernel)
+        if forms is None:
+            return self.by_triton(stream)
+        device = driver.active.get_current_device()
+        where = self._device()
+        if where == device or where < 0:
+            return forms.launch(self, device, stream)
+        with torch.cuda.device(where):
+            forms.launch(self, where, stream)
+
+    def by_triton(self, stream: int | None = None) -> None:
+        """As `run`, in Triton's way."""
+        on = torch.cuda.stream(torch.cuda.ExternalStream(stream)) if stream is not None else contextlib.nullcontext()
+        with on:
             self.kernel[self.grid](**self.arguments, **self.constants, **self.options())
 
+    def _device(self) -> int:
+        """Of the first tensor; negative for the CPU's."""
+        for value in self.arguments.values():
+            if isinstance(value, torch.Tensor):
+                return value.get_device()
+        return -1
+
     def compile(self, target: Target) -> Any:
-        """Ahead of time, for a device that need not be here: Triton's CompiledKernel."""
-        signature, attributes = {}, {}
-        constants = dict(self.constants)
-        for i, (name, value) in enumerate(self.arguments.items()):
-            if value is None:
-                constants[name] = None
-                signature[name] = "constexpr"
-            elif isinstance(value, torch.Tensor):
-                signature[name] = _POINTERS[value.dtype]
-                attributes[(i,)] = [["tt.divisibility", _ALIGNED]]  # what torch allocates is
-            elif isinstance(value, int) and value == 1:
-                constants[name] = 1
-                signature[name] = "constexpr"
-            else:
-                signature[name] = "i32" if isinstance(value, int) else "fp32"
-                if isinstance(value, int) and value % _ALIGNED == 0:
-                    attributes[(i,)] = [["tt.divisibility", _ALIGNED]]
-        signature |= dict.fromkeys(self.constants, "constexpr")
-        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constants, attrs=attributes)
-        device = GPUTarget(target.backend, target.arch, target.warp_size)
-        return triton.compile(source, target=device, options=self.options())
+        """Ahead of time, for a device that need not be here: Triton's CompiledKernel, which its cache keeps on disk.
+
+        The key there is that of a launch on such a device. Until it returns, no thread may launch anything.
+        """
+        with active(Absent(target)):
+            return self.prepare()
+
+    def prepare(self) -> Any:
+        """Compiles for the current device, or finds what was compiled, without launching."""
+        values = {**self.arguments, **self.constants}
+        order = [values.pop(name) for name in self.kernel.arg_names]
+        if values:
+            raise TypeError(f"{self.kernel.__name__} has no arguments {', '.join(values)}")
+        return self.kernel.warmup(*order, grid=self.grid, **self.options())
+
+
+class _Forms:
+    """What one kernel was compiled to, by what Triton compiles anew for: the types of arguments, whether integers are 1
+    or multiples of 16, whether addresses are; constants, options and knobs; the device.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        constants = [kernel.arg_names[i] for i in kernel.constexprs]
+        arguments = [name for name in kernel.arg_names if name not in constants]
+        self._arguments, self._constants = _picker(arguments), _picker(constants)
+        order = [*arguments, *constants]
+        # mostly constants come last: then the two, one after the other, are what the kernel takes
+        self._order = None if order == kernel.arg_names else _picker([order.index(name) for name in kernel.arg_names])
+        self._found: dict[Any, Any] = {}
+        self._backends: dict[Any, Any] = {}
+
+    def launch(self, launch: Launch, device: Any, stream: int | None) -> None:
+        arguments, constants = self._arguments(launch.arguments), self._constants(launch.constants)
+        backend = self._backends.get(device) or self._backend(device)
+        key = (
+            device, launch.num_warps, launch.num_stages, launch.fp_fusion, *_settings(), constants,
+            *[_specialise(backend, value, False, True, True) for value in arguments],
+        )  # fmt: skip
+        compiled = self._found.get(key)
+        if compiled is None:
+            compiled = launch.prepare()
+            if not isinstance(compiled, CompiledKernel):  # a hook of Triton's, or a mode, has it compiled elsewhere
+                return launch.by_triton(stream)
+            self._found[key] = compiled
+        values = arguments + constants
+        if self._order is not None:
+            values = self._order(values)
+        compiled[(*launch.grid, 1, 1)[:3]](*values, stream=stream)
+
+    def _backend(self, device: Any) -> Any:
+        backend = self._backends[device] = make_backend(driver.active.get_current_target())
+        return backend
+
+
+def _picker(keys: list[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    return itemgetter(*keys) if len(keys) > 1 else lambda values: tuple(values[key] for key in keys)
+
+
+def _settings() -> tuple[Any, ...]:
+    """What else Triton compiles anew for."""
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
+
+
+_kept: dict[int, _Forms | None] = {}  # by the id of a kernel: its hash is that of its source
+
+
+def _forms(kernel: Any) -> _Forms | None:
+    """None: Triton has to launch it."""
+    try:
+        forms = _kept[id(kernel)]
+    except KeyError:
+        forms = _kept[id(kernel)] = _Forms(kernel) if _is_plain(kernel) else None
+    if forms is not None and (kernel.pre_run_hooks or getattr(knobs.runtime, "add_stages_inspection_hook", None)):
+        return None
+    return forms
+
+
+def _is_plain(kernel: Any) -> bool:
+    """Compiled, and specialised for every argument by its value alone."""
+    if _specialise is None or not isinstance(kernel, JITFunction):
+        return False
+    return not any(
+        param.do_not_specialize or param.do_not_specialize_on_alignment or (param.annotation and not param.is_constexpr)
+        for param in kernel.params
+    )
 
 
 def strides(name: str, x: torch.Tensor) -> dict[str, int]:
     return {f"{name}_row": x.stride(0), f"{name}_column": x.stride(1)}
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up. Triton's own, which kernels may call too, takes 2 us."""
+    return -(-x // y)
+
+
+def next_power_of_2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import rounded
-from moekern.backends._triton.launch import Launch, strides
+from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2, strides
 from moekern.scaled import ScaledTensor
 
 _CHUNK = 128  # slots that are compared with one another
@@ -163,7 +163,7 @@ def sort(
         launches.append(
             Launch(
                 fill_kernel,
-                (triton.cdiv(len(source), _FILLED),),
+                (cdiv(len(source), _FILLED),),
                 {"x": source, "size": len(source)},
                 {"VALUE": -1, "BLOCK": _FILLED},
             )
@@ -198,11 +198,11 @@ def sort(
                     **counts_step,
                     **strides("inverse", inverse),
                 },
-                {"CHUNK": _CHUNK, "BINS": max(triton.next_power_of_2(num_experts), _CHUNK)},
+                {"CHUNK": _CHUNK, "BINS": max(next_power_of_2(num_experts), _CHUNK)},
                 num_warps=_WARPS,
             ),
         ]
-    chunks = triton.cdiv(slots, _CHUNK)
+    chunks = cdiv(slots, _CHUNK)
     before = torch.empty((chunks, num_experts), dtype=torch.int32, device=ids.device)
     return [
         *launches,
@@ -210,11 +210,11 @@ def sort(
             count_kernel,
             (chunks,),
             {**ids_and_map, "before": before, **sizes, **steps},
-            {"CHUNK": _CHUNK, "BINS": min(max(triton.next_power_of_2(num_experts), _CHUNK), _BINS)},
+            {"CHUNK": _CHUNK, "BINS": min(max(next_power_of_2(num_experts), _CHUNK), _BINS)},
         ),
         Launch(
             scan_kernel,
-            (triton.cdiv(num_experts, _SCANNED[1]),),
+            (cdiv(num_experts, _SCANNED[1]),),
             {"before": before, "counts": counts, "chunks": chunks, "experts": num_experts, **counts_step},
             {"CHUNKS": _SCANNED[0], "BINS": _SCANNED[1]},
         ),
@@ -280,17 +280,17 @@ def move_kernel(
 
 
 def _tile(columns: int) -> tuple[int, int]:
-    width = min(triton.next_power_of_2(max(columns, 1)), _COLUMNS)
+    width = min(next_power_of_2(max(columns, 1)), _COLUMNS)
     return min(_TILE // width, _MOST_ROWS), width
 
 
 def _move(x: torch.Tensor, alignment: int, layout: Any, inverse: torch.Tensor, out: torch.Tensor) -> Launch:
     tokens, columns = x.shape
     rows, width = _tile(columns)
-    tiles = triton.cdiv(tokens, rows)
+    tiles = cdiv(tokens, rows)
     return Launch(
         move_kernel,
-        (tiles + (0 if alignment == 1 else len(layout.starts)), triton.cdiv(columns, width)),
+        (tiles + (0 if alignment == 1 else len(layout.starts)), cdiv(columns, width)),
         {
             "x": x,
             "out": out,
@@ -362,7 +362,7 @@ def unpermute(
     return [
         Launch(
             unpermute_kernel,
-            (triton.cdiv(tokens, rows), triton.cdiv(columns, width)),
+            (cdiv(tokens, rows), cdiv(columns, width)),
             {
                 "y": y,
                 "inverse": inverse,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import decode, dot, load_scale, rounded, to_fnuz
-from moekern.backends._triton.launch import Launch
+from moekern.backends._triton.launch import Launch, cdiv
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Tiles
 from moekern.scaled import BLOCK, ScaledTensor
@@ -301,7 +301,7 @@ def refuses_scales(k: int, *operands: Any) -> str | None:
 
 def tiles_and_repair(product: Launch, tiles: Tiles, rows: int, columns: int, device: torch.device) -> list[Launch]:
     """The product by descriptors, and another, in small tiles, of what it flags: rows of a tile's columns."""
-    flags = torch.empty((triton.cdiv(columns, tiles.columns), rows), dtype=torch.uint8, device=device)
+    flags = torch.empty((cdiv(columns, tiles.columns), rows), dtype=torch.uint8, device=device)
     arguments = {**product.arguments, "flags": flags, "flag_rows": rows}
     by_tiles = {"TILES": True, "SPECIALISED": tiles.specialised}
     repair = {"REPAIR": True, "ROWS": min(tiles.rows, 64), "COLUMNS": min(tiles.columns, 64)}
