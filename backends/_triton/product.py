@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -195,8 +195,7 @@ def product(
     return total
 
 
-@dataclass(frozen=True)
-class Operand:
+class Operand(NamedTuple):
     """One side of a product, as a kernel takes it: rows of k."""
 
     data: torch.Tensor
@@ -207,19 +206,20 @@ class Operand:
     def arguments(self, name: str) -> dict[str, Any]:
         """The kernel's arguments for it: pointers, strides of the last two dimensions, the scale's block."""
         data, scale = self.data, self.scale
+        row, step = data.stride()[-2:]
+        scale_row, scale_step = scale.stride()[-2:]
         return {
             name: data,
             f"{name}_scale": scale,
-            f"{name}_row": data.stride(-2),
-            f"{name}_step": data.stride(-1),
-            f"{name}_scale_row": scale.stride(-2),
-            f"{name}_scale_step": scale.stride(-1),
+            f"{name}_row": row,
+            f"{name}_step": step,
+            f"{name}_scale_row": scale_row,
+            f"{name}_scale_step": scale_step,
             f"{name}_block_rows": self.block[0],
         }
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Both operands of a product, and how a target multiplies them."""
 
     a: Operand
@@ -246,13 +246,7 @@ class Pair:
         """Whether tensor descriptors may stand for both operands: rows of bytes, 16-byte aligned, also of a stack."""
         if self.native != "same" or not self.k:
             return False
-        return all(
-            x.stride(-1) == 1
-            and x.stride(-2) % 16 == 0
-            and x.data_ptr() % 16 == 0
-            and (x.dim() == 2 or x.stride(0) == x.shape[1] * x.stride(1))
-            for x in (self.a.data, self.b.data)
-        )
+        return _describable(self.a.data) and _describable(self.b.data)
 
     def _block(self, x: Operand) -> int:
         return 0 if x.format == "" or x.block[1] >= self.k else x.block[1]
@@ -260,16 +254,15 @@ class Pair:
 
 def pair(target: Target, a: Any, b: Any, k: int) -> Pair:
     """a, b: ScaledTensor or float tensor; matrices, or stacks of them."""
-    formats = [x.format if isinstance(x, ScaledTensor) else "" for x in (a, b)]
+    a_format, b_format = (x.format if isinstance(x, ScaledTensor) else "" for x in (a, b))
     native = ""
-    if formats[0] == formats[1] and formats[0] in target.native:
+    if a_format == b_format and a_format in target.native:
         native = "same"
-    elif formats == ["e4m3fn", "e4m3fn"] and "e4m3fnuz" in target.native:
+    elif a_format == b_format == "e4m3fn" and "e4m3fnuz" in target.native:
         native = "fnuz"
-    floats = [x.dtype for x in (a, b) if not isinstance(x, ScaledTensor)]
-    to = _TYPES[floats[0]] if floats else tl.float16
-    left, right = (_operand(x, format, native == "same") for x, format in zip((a, b), formats, strict=True))
-    return Pair(left, right, k, step_of(k, a, b), native, to)
+    to = _TYPES[a.dtype] if not a_format else _TYPES[b.dtype] if not b_format else tl.float16
+    same = native == "same"
+    return Pair(_operand(a, a_format, same), _operand(b, b_format, same), k, step_of(k, a, b), native, to)
 
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -282,14 +275,27 @@ def _operand(x: Any, format: str, native: bool) -> Operand:
     return Operand(x.data if native else x.data.view(torch.uint8), scale, x.block, format)
 
 
+def _describable(x: torch.Tensor) -> bool:
+    strides = x.stride()
+    return (
+        strides[-1] == 1
+        and strides[-2] % 16 == 0
+        and x.data_ptr() % 16 == 0
+        and (len(strides) == 2 or strides[0] == x.shape[1] * strides[1])
+    )
+
+
 def _ue8m0(x: Operand) -> bool:
     return x.format != "" and x.scale.dtype == torch.uint8
 
 
 def step_of(k: int, *operands: Any) -> int:
     """The most columns, up to 128, in which no scale changes: a power of two."""
-    blocks = [x.block[1] for x in operands if isinstance(x, ScaledTensor)]
-    return math.gcd(BLOCK, *(block for block in blocks if block < k))
+    step = BLOCK
+    for x in operands:
+        if isinstance(x, ScaledTensor) and x.block[1] < k:
+            step = math.gcd(step, x.block[1])
+    return step
 
 
 def refuses_scales(k: int, *operands: Any) -> str | None:
