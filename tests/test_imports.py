@@ -152,3 +152,84 @@ def test_import_brings_nothing_along() -> None:
     tops = {name.split(".")[0] for name in loaded} - sys.stdlib_module_names
     assert tops == {"moekern"}, tops - {"moekern"}
     assert not [name for name in loaded if name.startswith("moekern.testing")]
+
+
+A_GPU = """
+import sys, types, torch
+torch.version.{vendor} = "13.0"
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+torch.cuda.get_device_properties = lambda i: types.SimpleNamespace(
+    name="a GPU", major=9, minor=0, gcnArchName="gfx942:sramecc+"
+)
+sys.modules.update(dict.fromkeys({absent!r}))
+"""
+
+
+def beside_a_gpu(body: str, vendor: str = "cuda", absent: tuple[str, ...] = ()) -> str:
+    """What a process prints in which torch finds a GPU, and Python does not find some packages."""
+    script = A_GPU.format(vendor=vendor, absent=absent) + body
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_finds_a_gpu_without_importing_triton_or_cupy() -> None:
+    pytest.importorskip("triton")
+    said = beside_a_gpu("""
+import moekern
+print(moekern.devices()[1].arch, *moekern.fp8_gemm_nt.kernels[-1].needs, moekern.devices()[1].without)
+print({"triton", "cupy"} & set(sys.modules))
+""")
+    assert said.splitlines() == ["sm_90 triton ()", "set()"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "vendor", "arch", "what"),
+    [
+        ("cuda", "cuda", "sm_90", "pip install 'moekern[cuda]'"),
+        ("rocm", "hip", "gfx942", "torch for ROCm brings it"),
+    ],
+)
+def test_a_gpu_without_triton(kind: str, vendor: str, arch: str, what: str) -> None:
+    """The report and the errors say what is missing, and the CPU's kernels run."""
+    body = """
+import moekern
+from moekern import info
+
+print(info.as_text(info.collect()))
+w = moekern.per_block_cast_to_fp8(torch.ones(3, 5))
+assert moekern.fp8_gemm_nt(torch.ones(2, 5), w).eq(5).all()
+moekern.use(kernel={"fp8_gemm_nt": moekern.fp8_gemm_nt.kernels[-1].name})
+try:
+    moekern.fp8_gemm_nt.select(moekern.devices()[1])
+except moekern.NotSupported as error:
+    print(error)
+"""
+    lines = beside_a_gpu(body, vendor, absent=("triton", "cupy")).splitlines()
+    reason = f"needs triton; Triton is not installed ({what})"
+    rows = [line.split(maxsplit=1)[1] for line in lines if line.split()[:1] == [f"{kind}.triton"]]
+    assert set(rows) == {f"no: {reason}"}
+    assert lines[-1] == f"fp8_gemm_nt: forced kernel {kind}.triton {reason}"
+    assert any(line.split()[:2] == [kind, "0:"] and arch in line for line in lines)
+
+
+def test_triton_under_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds for torch are distributed as packages of their own."""
+    from importlib import metadata
+
+    from moekern.backends._triton import kernels
+
+    pytest.importorskip("triton")
+
+    for found, said in (("3.6.0+gitabc", None), ("3.5.1", "Triton is 3.5.1; 3.6 or later is needed")):
+        known = {"pytorch-triton-rocm": found}
+
+        def version(name: str, known: dict[str, str] = known) -> str:
+            if name not in known:
+                raise metadata.PackageNotFoundError(name)
+            return known[name]
+
+        monkeypatch.setattr(metadata, "version", version)
+        assert kernels.why_not() == said
+    monkeypatch.setattr(kernels, "_DISTRIBUTIONS", ())
+    assert kernels.why_not() is None

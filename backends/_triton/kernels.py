@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -12,9 +13,9 @@ from typing import Any
 
 import torch
 
-from moekern.backends._triton.targets import Target
+from moekern.backends._triton.targets import Target, native_formats
 from moekern.backends._triton.tiles import Shape, Tiles
-from moekern.op import Kernel, Op, location
+from moekern.op import Device, Kernel, Op, location
 from moekern.ops import (
     dequantize,
     fp8_gemm_nt,
@@ -33,6 +34,8 @@ from moekern.ops import (
 
 FEWEST_ROWS = 32  # of a product, or a group on average, up to which the kernels for few rows take it
 _OLDEST = (3, 6)  # the release of Triton from which on all kernels compile
+_DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")  # that have it: torch has builds
+_INSTALL = {"cuda": "pip install 'moekern[cuda]'", "rocm": "torch for ROCm brings it"}
 
 
 @dataclass(frozen=True)
@@ -93,21 +96,33 @@ _ROWS = (
 )  # fmt: skip
 
 
-def why_not() -> str | None:
-    """Why Triton cannot be used here, or None."""
+def why_not(kind: str = "cuda") -> str | None:
+    """Why Triton cannot be used here for devices of a kind, or None. Does not import it."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    from importlib.metadata import version
-
-    found = version("triton")
-    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
+        return f"Triton is not installed ({_INSTALL[kind]})"
+    found = _version()
+    if found and tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
         return f"Triton is {found}; {_OLDEST[0]}.{_OLDEST[1]} or later is needed"
     return None
 
 
-def features() -> frozenset[str]:
-    """Of a device: whether Triton is here for it."""
-    return frozenset() if why_not() else frozenset({"triton"})
+def _version() -> str | None:
+    """Of Triton, by whatever name it was installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return None
+
+
+def device(kind: str, arch: str, index: int, name: str) -> Device:
+    """What the architecture and the software here make of a GPU."""
+    reason = why_not(kind)
+    features = {f"fp8_{format}" for format in native_formats(arch)}
+    if reason is None:
+        features.add("triton")
+    return Device(kind, arch, frozenset(features), index, name, without=(("triton", reason),) if reason else ())
 
 
 def kernels(family: Family) -> Iterator[tuple[Op, Kernel]]:

@@ -21,8 +21,7 @@ def probe() -> list[Device] | str:
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         arch = f"sm_{properties.major}{properties.minor}"
-        features = kernels.features() | {f"fp8_{name}" for name in native_formats(arch)}
-        devices.append(Device("cuda", arch, features, index=index, name=properties.name))
+        devices.append(kernels.device("cuda", arch, index, properties.name))
     return devices
 
 

@@ -24,9 +24,7 @@ def probe() -> list[Device] | str:
     devices = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        arch = _arch(properties)
-        features = kernels.features() | {f"fp8_{name}" for name in native_formats(arch)}
-        devices.append(Device("rocm", arch, features, index=index, name=properties.name))
+        devices.append(kernels.device("rocm", _arch(properties), index, properties.name))
     return devices
 
 

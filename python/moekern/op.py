@@ -28,6 +28,7 @@ class Device:
     features: frozenset[str] = frozenset()
     index: int = 0
     name: str = ""
+    without: tuple[tuple[str, str], ...] = ()  # a feature that software would give it, and why that is not here
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Kernel:
         if device.kind != self.kind:
             return f"runs on {self.kind}, not {device.kind}"
         if missing := self.needs - device.features:
-            return f"needs {', '.join(sorted(missing))}"
+            reasons = [why for feature, why in device.without if feature in missing]
+            return "; ".join([f"needs {', '.join(sorted(missing))}", *reasons])
         return None
 
     def absent(self, devices: list[Device]) -> str | None:
