@@ -14,7 +14,6 @@ import executors
 import on_device
 import pytest
 import torch
-from on_device import Mover, tensors
 from test_triton import LISTS
 
 import moekern
@@ -23,6 +22,7 @@ from moekern.testing import cases, expert_cases, grouped_cases, routing_cases
 from moekern.testing.cases import Gemm
 from moekern.testing.expert_cases import Experts
 from moekern.testing.grouped_cases import KGrouped, MGrouped
+from moekern.testing.moving import Mover, tensors
 from moekern.testing.numerics import check_bound, gemm_oracle
 from moekern.testing.routing_cases import Gate, Permute, Unpermute
 
