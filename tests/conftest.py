@@ -10,15 +10,24 @@ from __future__ import annotations
 import os
 
 import executors
+import on_device
 import pytest
 import remote
 from hypothesis import HealthCheck, settings
 
-executors.sources.append(remote.executors)
+executors.sources += [remote.executors, on_device.executors]
 
 settings.register_profile("local", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` picks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        executor = getattr(item, "callspec", None) and item.callspec.params.get("executor")
+        if on_device.is_here(executor):
+            item.add_marker(pytest.mark.gpu)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

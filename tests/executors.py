@@ -1,7 +1,7 @@
 """Who computes a call in the tests: every kernel of every op, and who knows whether it could run.
 
 `sources` is the one place to plug in kernels that run elsewhere: conftest.py appends those of other
-CPUs (remote.py).
+CPUs (remote.py) and of accelerators (on_device.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ asked: dict[str, Executor] = {}  # every executor of a collected test
 
 
 def this_machine(op: Op) -> list[Executor]:
-    """Every kernel of `op`, forced by name."""
+    """Every kernel of `op` for the CPU, forced by name."""
     device = moekern.devices()[0]
 
     def executor(kernel: moekern.Kernel) -> Executor:
@@ -59,7 +59,7 @@ def this_machine(op: Op) -> list[Executor]:
 
         return Executor(op, kernel.name, run, kernel.lacks(device), why_not)
 
-    return [executor(kernel) for kernel in op.kernels]
+    return [executor(kernel) for kernel in op.kernels if kernel.kind == device.kind]
 
 
 sources: list[Callable[[Op], list[Executor]]] = [this_machine]

@@ -23,7 +23,8 @@ from moekern.backends._triton.kernels import Family, kernels, why_not
 from moekern.backends._triton.targets import TARGETS
 from moekern.op import Op
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 BACKENDS = {"sm_80": "cuda", "sm_90": "cuda", "gfx942": "rocm"}  # decoding, native, and native in another format
 _PROCESSORS = 5  # few programs, so that each has several tiles

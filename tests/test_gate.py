@@ -172,7 +172,8 @@ def test_for_any_number_of_threads(executor: executors.Executor) -> None:
 
 def test_kernels_with_fma_give_the_same_bits() -> None:
     """Whatever the width of their vectors: routing is the same on every CPU that has FMA."""
-    kernels = [e for e in executors.executors(moe_gate) if not e.absent and not e.name.endswith("scalar")]
+    here = [e for e in executors.executors(moe_gate) if not e.absent and "cpu." in e.name]
+    kernels = [e for e in here if not e.name.endswith("scalar")]
     for scoring, values in itertools.product(("softmax", "sigmoid"), ("normal", "wide")):
         case = Gate(64, 160, 6, scoring=scoring, bias="f32", groups=8, kept=3, values=values)
         (logits, topk), options = routing_cases.gate_operands(case)
