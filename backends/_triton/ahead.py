@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -13,10 +14,16 @@ from moekern.backends._triton.targets import Target
 
 
 class Absent:
-    """As much of a Triton driver as compiling takes."""
+    """A Triton driver of a device that is not here: kernels compile for it, and launching them does nothing."""
 
     def __init__(self, target: Target) -> None:
         self._target = GPUTarget(target.backend, target.arch, target.warp_size)
+        properties = {"max_shared_mem": target.shared_memory}
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, kernel, shared, device: ("module", "function", 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: properties,
+        )
 
     def get_current_device(self) -> Any:
         return self._target  # kernels keep what they compiled by device, so a target must not pass for device 0
@@ -26,6 +33,14 @@ class Absent:
 
     def get_current_target(self) -> GPUTarget:
         return self._target
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """What calls the driver, for one compiled kernel."""
+        return _nothing
+
+
+def _nothing(*launch: Any) -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`python -m moekern info [--json]`, `python -m moekern selftest` and `python -m moekern export`.
+"""`python -m moekern info [--json]`, `selftest`, `export` and `warmup`.
 
 `info` has to work where the package does not: nothing here or in info.py imports more than the
 standard library before it is needed.
@@ -19,8 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     show.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("selftest", help="run every kernel that can run here on a small problem and check its bits")
     commands.add_parser("export", help="write an FP8 checkpoint of transformers' as ONNX", add_help=False)
+    commands.add_parser("warmup", help="compile a model's GPU kernels before they are asked for", add_help=False)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "export":
+    if rest and options.command not in ("export", "warmup"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         report = info.collect()
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.command == "export":
         return _export(rest)
+    if options.command == "warmup":
+        return _warmup(rest)
     from moekern.testing import selftest
 
     return selftest.main()
@@ -49,6 +52,14 @@ def _export(arguments: list[str]) -> int:
         print(failure, file=sys.stderr)
         return 1
     return 0
+
+
+def _warmup(arguments: list[str]) -> int:
+    from moekern import warmup
+
+    parser = argparse.ArgumentParser(prog="moekern warmup", description=warmup.__doc__)
+    warmup.add_arguments(parser)
+    return warmup.run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":
