@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,33 @@ def call_overhead() -> dict[str, Samples]:
         budget=0.3,
         most=101,
     )
+
+
+def launch_overhead() -> dict[str, Samples]:
+    """Of a Triton kernel for a GPU, up to the driver: with one that does nothing. Empty where nothing compiles."""
+    from moekern.backends._triton.kernels import why_not
+
+    if why_not() is not None or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return {}
+    from moekern.backends._triton import ahead, gemm
+    from moekern.backends._triton.targets import TARGETS
+    from moekern.backends._triton.tiles import Tiles
+
+    target, tiles = TARGETS["sm_90"], Tiles(64, 64, 4, 3)
+    x, w = per_token_cast_to_fp8(torch.randn(16, 128)), per_block_cast_to_fp8(torch.randn(128, 128))
+    call = (target, lambda *_: tiles, x, w, None, None, torch.empty(16, 128, dtype=torch.bfloat16))
+    [launch] = gemm.gemm(*call)
+    with ahead.active(ahead.Absent(target)):
+        return interleave(
+            [
+                Contender("plan of fp8_gemm_nt", lambda turn: gemm.gemm(*call)),
+                Contender("plan and launch", lambda turn: gemm.gemm(*call)[0].run()),
+                Contender("launch", lambda turn: launch.run()),
+                Contender("launch by Triton's kernel[grid]", lambda turn: launch.by_triton()),
+            ],
+            budget=0.3,
+            most=301,
+        )
 
 
 def import_time(times: int) -> Samples:
@@ -95,6 +123,9 @@ def run(console: Console, stock: Stock, effort: Effort, quick: bool) -> tuple[di
     calls = call_overhead()
     for name, samples in calls.items():
         table.add_row(f"{name}, M=1 N=K=128", report.duration(samples.median), report.spread(samples))
+    launches = launch_overhead()
+    for name, samples in launches.items():
+        table.add_row(f"{name}, sm_90, no driver", report.duration(samples.median), report.spread(samples))
     imported = import_time(3 if quick else 7)
     table.add_row("import moekern, torch imported", report.duration(imported.median), report.spread(imported))
 
@@ -119,6 +150,7 @@ def run(console: Console, stock: Stock, effort: Effort, quick: bool) -> tuple[di
     console.print(table)
     sections = {
         "calls": {name: samples.to_json() for name, samples in calls.items()},
+        "launches": {name: samples.to_json() for name, samples in launches.items()},
         "import": imported.to_json(),
         "cast": [row.to_json() for row in rows],
         "interference": {

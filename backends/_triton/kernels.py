@@ -33,6 +33,7 @@ from moekern.ops import (
 )
 
 FEWEST_ROWS = 32  # of a product, or a group on average, up to which the kernels for few rows take it
+_SHAPES = 4096  # whose tiles are remembered
 _OLDEST = (3, 6)  # the release of Triton from which on all kernels compile
 _DISTRIBUTIONS = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton")  # that have it: torch has builds
 _INSTALL = {"cuda": "pip install 'moekern[cuda]'", "rocm": "torch for ROCm brings it"}
@@ -139,6 +140,7 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 def _kernel(family: Family, row: _Row, few: bool) -> Kernel:
     choose = family.choose_for_few_rows if few else family.choose
+    choose = functools.lru_cache(_SHAPES)(choose)  # which compares many tiles, at every call of a layer the same
     output = row.op.output_index
 
     def run(*call: Any) -> None:

@@ -1,8 +1,12 @@
 """One launch of a kernel.
 
 Triton's own way, `kernel[grid](...)`, binds arguments by name and writes options and specialisation into a string, and
-takes the longer the more arguments a kernel has.
-So `Launch.run` keeps, for every kernel, what was compiled for which specialisation, and asks Triton only for new ones.
+takes the longer the more arguments a kernel has. With a driver that does nothing, for gemm_kernel's 29 arguments and 25
+constants, on one Zen 4 core (`bench/overheads.py`), it takes 27 us. `Launch.run` takes 9.5: 4 for Triton's function
+that says what an argument is specialised by, 1.4 to find what was compiled, 0.7 to put arguments in order. The plan
+before it takes 12, most of it for two dictionaries.
+
+`Launch.run` keeps, for every kernel, what was compiled for which specialisation, and asks Triton only for new ones.
 """
 
 from __future__ import annotations
@@ -125,7 +129,10 @@ class _Forms:
             values = self._order(values)
         if stream is None:
             stream = driver.active.get_current_stream(device)
-        compiled[(*launch.grid, 1, 1)[:3]](*values, stream=stream)
+        x, y, z, *_ = *launch.grid, 1, 1
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        said = None if enter is None else compiled.launch_metadata((x, y, z), stream, *values)
+        compiled.run(x, y, z, stream, compiled.function, compiled.packed_metadata, said, enter, leave, *values)
 
     def _backend(self, device: Any) -> Any:
         backend = self._backends[device] = make_backend(driver.active.get_current_target())
