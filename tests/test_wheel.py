@@ -46,7 +46,11 @@ def test_only_moekern_and_its_metadata(wheel):
     suffixes = {Path(name).suffix for name in names if name.startswith("moekern/")}
     assert suffixes <= {".py", ".pyi", ".so", ".typed", ".json"}, "no C++ source, no build file"
     data = {name for name in names if name.endswith(".json")}
-    assert data == {f"moekern/onnx/operators/{path.name}" for path in ROOT.glob("python/moekern/onnx/operators/*")}
+    assert data == {
+        f"moekern/{path.relative_to(ROOT / 'python/moekern')}"
+        for folder in ("onnx/operators", "models")
+        for path in ROOT.glob(f"python/moekern/{folder}/*.json")
+    }
     assert {"moekern/py.typed", "moekern/_C.pyi", f"moekern-{version}.dist-info/licenses/LICENSE"} <= set(names)
     sources = {
         f"moekern/{path.relative_to(folder)}"
