@@ -4,6 +4,7 @@
 #   make test       the whole test suite
 #   make lint       formatting, linting, types
 #   make engines    its tests of engines, with the oldest releases of them that moekern claims
+#   make interpreted  every case of the Triton kernels in Triton's interpreter
 #   make sanitize   the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # All work in VENV, which they create. PYTEST takes more arguments: make test PYTEST="-k gemm -x".
@@ -14,13 +15,18 @@ python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
-.PHONY: bench test lint types format engines sanitize
+.PHONY: bench test interpreted lint types format engines sanitize
 
 bench: $(VENV)/installed
 	$(python) bench/run.py --quick
 
+# Two processes, whose kernels have two threads each: threads that wait must not keep a core from the others.
 test: $(VENV)/installed
-	$(python) -m pytest $(PYTEST)
+	OMP_WAIT_POLICY=passive $(python) -m pytest -n 2 --dist worksteal $(PYTEST)
+
+# All cases of the Triton kernels in the interpreter, of which `make test` takes some.
+interpreted: $(VENV)/installed
+	MOEKERN_ALL_CASES=1 $(python) -m pytest -n 2 tests/test_triton.py $(PYTEST)
 
 $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV)

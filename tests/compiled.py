@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +50,94 @@ class Result:
         return {**self.__dict__, **made}
 
 
-def kernels() -> Iterator[tuple[str, Any, Any, gates.Expectation]]:
-    """name, target, launch, expectation: a square product of FP8 and a cast, for every target."""
+def kernels(only: str | None = None) -> Iterator[tuple[str, Any, Any, gates.Expectation]]:
+    """name, target, launch, expectation: what the library launches for a prefill and a decode on every target."""
+    from moekern.backends._triton.targets import TARGETS
+
+    for target in TARGETS.values():
+        if only in (None, target.name):
+            for name, fp8, launch in _launches(target):
+                yield name, target, launch, expectation(target, launch, fp8)
+
+
+def expectation(target: Any, launch: Any, fp8: bool) -> gates.Expectation:
+    """fp8: its products are of FP8 operands, which the target's units take if it has such units."""
+    constants = launch.constants
+    if "TO" not in constants:
+        return gates.Expectation(target.shared_memory)
+    if str(constants["TO"]) == "fp32":  # which only AMD's units multiply without rounding it first
+        return gates.Expectation(target.shared_memory, r"v_mfma_f32_\w+_f32$" if target.backend == "hip" else "")
+    matrix = gates.FP8.get(target.name) if fp8 else None
+    required = ("UTMALDG",) if constants.get("TILES") else ()
+    step = None if constants.get("SPECIALISED") else tile(constants)
+    slow = gates.SLOW_FP8.get(target.name, "") if matrix else ""
+    matrix = matrix or gates.HALF[target.name]
+    return gates.Expectation(target.shared_memory, matrix, slow, required, tile=step)
+
+
+def _launches(target: Any) -> Iterator[tuple[str, bool, Any]]:
+    """name, whether its operands are FP8, launch. Sizes matter only for what they are multiples of."""
     import torch
 
-    from moekern.backends._triton import casts, gemm
-    from moekern.backends._triton.targets import TARGETS
-    from moekern.backends._triton.tiles import Tiles
-    from moekern.scaled import ScaledTensor
+    import moekern
+    from moekern.backends._triton import casts, experts, gate, gemm, grouped, permute
+    from moekern.backends.cuda import tiles as cuda
+    from moekern.backends.rocm import tiles as rocm
 
-    m, n, k = 512, 512, 1024
-    a = ScaledTensor(torch.empty(m, k, dtype=torch.float8_e4m3fn), torch.empty(m, k // 128), (1, 128))
-    b = ScaledTensor(torch.empty(n, k, dtype=torch.float8_e4m3fn), torch.empty(n // 128, k // 128), (128, 128))
-    x, out = torch.empty(m, k, dtype=torch.bfloat16), torch.empty(m, n, dtype=torch.bfloat16)
-    for target in TARGETS.values():
-        matrix = gates.FP8.get(target.name) or gates.HALF[target.name]
-        slow = gates.SLOW_FP8.get(target.name, "")
-        # decoding in the second pass, for sums that overflow, takes more registers than there are
-        spilled = {"spills": 100, "local_bytes": 400} if target.name == "sm_80" else {}
-        expected = gates.Expectation(target.shared_memory, matrix, slow, **spilled)
-        for launch in gemm.gemm(target, lambda *_: Tiles(64, 64, 4, 3), a, b, None, None, out):
-            yield "gemm e4m3fn", target, launch, replace(expected, tile=tile(launch.constants))
-        yield "cast 1x128", target, casts.cast(x, False, a, False), gates.Expectation(target.shared_memory)
+    def fp8(*shape: int, block: tuple[int, int] = (128, 128)) -> moekern.ScaledTensor:
+        grid = (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+        return moekern.ScaledTensor(torch.empty(shape, dtype=torch.float8_e4m3fn), torch.empty(grid), block)
+
+    def rows(count: int, columns: int, kind: str) -> Any:
+        if kind == "W8A8":
+            return fp8(count, columns, block=(1, 128))
+        return torch.empty(count, columns, dtype=torch.bfloat16 if kind == "W8A16" else torch.float32)
+
+    tiles = cuda if target.backend == "cuda" else rocm
+    groups, k, n = 4, 512, 512
+    dense, stack = fp8(n, k), fp8(groups, n, k)
+    weights = moekern.ExpertWeights(fp8(groups, 2 * n, k), fp8(groups, k, n))
+    for choose, count, when in ((tiles.choose, 4096, ""), (tiles.choose_for_few_rows, 8, ", few rows")):
+        layout = moekern.GroupedLayout.from_counts([count // groups] * groups)
+        for kind in ("W8A8", "W8A16") if when else ("W8A8", "W8A16", "float32"):
+            call = moekern.fp8_gemm_nt.prepare(rows(count, k, kind), dense)
+            for launch in gemm.gemm(target, choose, *call):
+                yield f"{_name(launch)} {kind}{when}", kind == "W8A8", launch
+            if kind == "float32":
+                continue
+            call = moekern.m_grouped_fp8_gemm_nt_contiguous.prepare(rows(count, k, kind), stack, layout)
+            for launch in grouped.m_grouped(target, choose, *call):
+                yield f"{_name(launch)} {kind}{when}", kind == "W8A8", launch
+            ids, x = torch.empty(count, 2, dtype=torch.int32), torch.empty(count, k, dtype=torch.bfloat16)
+            options = {"quantize_activations": kind == "W8A8", "reduce": True}
+            call = moekern.fused_experts.prepare(x, weights, ids.zero_(), torch.empty(count, 2), **options)
+            for launch in experts.fused_experts(target, choose, *call):
+                if "TO" in launch.constants or (kind, when) == ("W8A8", ""):
+                    down = " of experts" if launch.kernel.__name__ == "m_grouped_kernel" else ""
+                    yield f"{_name(launch)}{down} {kind}{when}", kind == "W8A8", launch
+    layout = moekern.GroupedLayout.from_counts([128] * groups, 128)
+    a, b = fp8(512, 256, block=(128, 1)), fp8(512, 384, block=(128, 1))
+    call = moekern.k_grouped_fp8_gemm_tn_contiguous.prepare(a, b, layout)
+    for launch in grouped.k_grouped(target, tiles.choose, *call):
+        yield f"{_name(launch)} W8A8", True, launch
+    x, q = torch.empty(512, 512, dtype=torch.bfloat16), fp8(512, 512, block=(1, 128))
+    for block in ((1, 128), (128, 128), (128, 1)):
+        yield f"cast_kernel {block[0]}x{block[1]}", False, casts.cast(x, False, fp8(512, 512, block=block), False)
+    yield "cast_kernel silu_mul", False, casts.cast(torch.empty(512, 1024, dtype=torch.bfloat16), False, q, True)
+    logits, bias = torch.empty(64, 256), torch.empty(256)
+    call = moekern.moe_gate.prepare(
+        logits, 8, scoring="sigmoid", correction_bias=bias, num_expert_group=8, topk_group=4, renormalize=True
+    )
+    routes = moekern.moe_permute.prepare(x, torch.zeros(512, 8, dtype=torch.int32), 256, alignment=128)
+    back = moekern.moe_unpermute.prepare(x, torch.zeros(64, 8, dtype=torch.int32), torch.empty(64, 8))
+    others = (casts.dequantize(q, x), gate.gate(*call), permute.permute(*routes), permute.unpermute(*back))
+    for launch in (launch for launches in others for launch in launches):
+        yield _name(launch), False, launch
+
+
+def _name(launch: Any) -> str:
+    repair = " (repair)" if launch.constants.get("REPAIR") else ""
+    return f"{launch.kernel.__name__}{repair}"
 
 
 def tile(constants: dict[str, Any]) -> int | None:
@@ -81,28 +147,31 @@ def tile(constants: dict[str, Any]) -> int | None:
     return None
 
 
-def compile_one(index: int) -> dict[str, Any]:
-    """Of `kernels`, as JSON."""
-    name, target, launch, expected = list(kernels())[index]
+def compile_one(name: str, target: Any, launch: Any, expected: gates.Expectation) -> Result:
     start = time.perf_counter()
     try:
         kernel = launch.compile(target)
     except Exception as error:  # the compiler's own have no common class
-        return Result(f"{name} {target.name}", None, [f"does not compile: {error}"], None, 0.0).to_json()
+        return Result(f"{name} {target.name}", None, [f"does not compile: {error}"], None, 0.0)
     seconds = time.perf_counter() - start
     code = machine_code.analyse(kernel)
     share = machine_code.share(code, tile(launch.constants), launch.num_warps)
-    return Result(f"{name} {target.name}", code, gates.problems(code, expected), share, seconds).to_json()
+    return Result(f"{name} {target.name}", code, gates.problems(code, expected), share, seconds)
+
+
+def compile_target(target: str | None) -> list[dict[str, Any]]:
+    """All kernels of a target, as JSON."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    return [compile_one(*kernel).to_json() for kernel in kernels(target)]
 
 
 def compile_all(target: str | None = None, processes: int = 2) -> list[Result]:
     """processes: 1 compiles in this one."""
-    os.environ.pop("TRITON_INTERPRET", None)
-    chosen = [i for i, (_, its, *_) in enumerate(kernels()) if target in (None, its.name)]
+    targets = [target] if target else list(gates.HALF)
     if processes == 1:
-        return [Result.from_json(compile_one(i)) for i in chosen]
+        return [Result.from_json(values) for name in targets for values in compile_target(name)]
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        return [Result.from_json(values) for values in pool.map(compile_one, chosen)]
+        return [Result.from_json(values) for of_target in pool.map(compile_target, targets) for values in of_target]
 
 
 _COLUMNS = (

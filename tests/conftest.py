@@ -3,11 +3,14 @@
 A kernel whose features this machine has must have run, if a test that uses it was selected.
 MOEKERN_EXPECT_KERNELS (kernel names, comma-separated) makes the list exact: every op that has a
 kernel of such a name must have run it, and no other may have run. CI sets it.
+
+The processes of pytest-xdist collect and run; what they report is judged in the one that started them.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import executors
 import on_device
@@ -34,27 +37,37 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     for item in session.items:
         executor = getattr(item, "callspec", None) and item.callspec.params.get("executor")
         if executor:
-            executors.asked[str(executor)] = executor
+            executors.asked[str(executor)] = executor.absent
 
 
 def missing_kernels() -> list[str]:
     """What is wrong with the list of kernels that ran, in words."""
     wrong = []
     wanted = {name.strip() for name in os.environ.get("MOEKERN_EXPECT_KERNELS", "").split(",") if name.strip()}
-    for name, executor in sorted(executors.asked.items()):
-        if executor.name in wanted or (not wanted and not executor.absent):
+    known = {name: name.partition("=")[2] for name in executors.asked}  # of "op=kernel", the kernel
+    for name, absent in sorted(executors.asked.items()):
+        if known[name] in wanted or (not wanted and not absent):
             if not executors.ran[name]:
-                wrong.append(
-                    f"{name} did not run: {executor.absent or 'every call was refused, failed or was deselected'}"
-                )
+                wrong.append(f"{name} did not run: {absent or 'every call was refused, failed or was deselected'}")
         elif wanted and executors.ran[name]:
             wrong.append(f"{name} ran, but MOEKERN_EXPECT_KERNELS does not list it")
-    known = {executor.name for executor in executors.asked.values()}
-    return wrong + [f"MOEKERN_EXPECT_KERNELS lists {name}, which no op has" for name in sorted(wanted - known)]
+    return wrong + [
+        f"MOEKERN_EXPECT_KERNELS lists {name}, which no op has" for name in sorted(wanted - {*known.values()})
+    ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """In the process that started `node`, which has ended. One that crashed reports nothing, but a failed test."""
+    for ran, asked in [getattr(node, "workeroutput", {}).get("kernels", ({}, {}))]:
+        executors.ran.update(ran)
+        executors.asked.update(asked)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if (
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["kernels"] = dict(executors.ran), executors.asked
+    elif (
         executors.asked
         and not session.config.option.collectonly
         and exitstatus == pytest.ExitCode.OK

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import moekern
+from moekern import NotSupported
 from moekern.op import Op
 from moekern.ops import OPS
 
@@ -27,21 +28,28 @@ class Executor:
     run: Callable[..., Any]
     absent: str | None  # why the kernel cannot run on this machine at all
     why_not: Callable[..., str | None]  # why it cannot take this call
+    asks: bool = True  # False: `run` itself raises NotSupported, at less cost than asking before every call
+    threads: tuple[int, ...] = (1, 2, 3, 5, 5)  # for tests that no number of threads changes a bit
 
     def __str__(self) -> str:
         return f"{self.op.name}={self.name}"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The op's result, or a skip that says why this kernel does not take the call."""
-        if reason := self.absent or self.why_not(*args, **kwargs):
+        if reason := self.absent or (self.asks and self.why_not(*args, **kwargs)):
             pytest.skip(f"{self.name} {reason}")
-        result = self.run(*args, **kwargs)
+        try:
+            result = self.run(*args, **kwargs)
+        except NotSupported as refusal:
+            if self.asks:
+                raise
+            pytest.skip(f"{self.name} {refusal}")
         ran[str(self)] += 1
         return result
 
 
-ran: Counter[str] = Counter()
-asked: dict[str, Executor] = {}  # every executor of a collected test
+ran: Counter[str] = Counter()  # calls of each executor
+asked: dict[str, str | None] = {}  # every executor of a collected test: why it cannot run here, or None
 
 
 def this_machine(op: Op) -> list[Executor]:

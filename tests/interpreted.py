@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from executors import Executor
 
@@ -52,7 +53,7 @@ def of_target(name: str) -> list[Executor]:
 def interpreter() -> Iterator[None]:
     """In which kernels run."""
     _quicken()
-    with mock.patch("torch.empty", _poisoned), _shuffled():
+    with mock.patch("torch.empty", _poisoned), _shuffled(), numpy.errstate(all="ignore"):
         yield
 
 

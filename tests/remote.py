@@ -20,6 +20,7 @@ import torch
 from executors import Executor
 
 from moekern import Device, ExpertWeights, GroupedLayout, Kernel, NotSupported, Op, ScaledTensor, ops
+from moekern import op as dispatcher
 from moekern.ops.experts import ACTIVATIONS
 from moekern.testing.grouped_cases import products, rows_of
 
@@ -63,9 +64,8 @@ class Crash(RuntimeError):
 class Runner:
     """One process, kept for many calls. `device` and `kernels(op)` are what it found and offers."""
 
-    def __init__(self, name: str, command: list[str], threads: int = 2) -> None:
+    def __init__(self, name: str, command: list[str]) -> None:
         self.command = command
-        self.threads = threads
         self.process: subprocess.Popen[bytes] | None = None
         features, *rows = self._listing()
         self.device = Device("cpu", name, frozenset(features[1:]), name=" ".join(command))
@@ -100,14 +100,14 @@ class Runner:
 
     def _call(self, op: Op, kernel: str, *args: Any) -> None:
         request = _Request(op, args)
-        with self._exchange(kernel, request.encoded("run", kernel, self.threads)):
+        with self._exchange(kernel, request.encoded("run", kernel)):
             self._verdict()
             for memory in request.memories:
                 if memory.writable:
                     memory.write_back(self._read(memory.bytes))
 
     def _refuses(self, op: Op, kernel: str, *args: Any) -> str | None:
-        with self._exchange(kernel, _Request(op, args).encoded("ask", kernel, self.threads)):
+        with self._exchange(kernel, _Request(op, args).encoded("ask", kernel)):
             try:
                 self._verdict()
             except NotSupported as refusal:
@@ -261,8 +261,8 @@ class _Request:
         fields = (*shape, strides[0], 1 if shape[1] == 1 else strides[1], *block, self._memory_at[address])
         self.lines.append(" ".join(map(str, (name, _DTYPES[tensor.dtype], *fields))))
 
-    def encoded(self, verb: str, kernel: str, threads: int) -> bytes:
-        counts = (threads, len(self.options), len(self.lines), len(self.memories))
+    def encoded(self, verb: str, kernel: str) -> bytes:
+        counts = (dispatcher.policy.num_threads or 2, len(self.options), len(self.lines), len(self.memories))
         head = " ".join(map(str, (verb, self.op, kernel, *counts)))
         parts = ["\n".join([head, *self.options, *self.lines, ""]).encode()]
         for memory in self.memories:
@@ -327,4 +327,6 @@ def _executor(op: Op, where: Runner, kernel: Kernel) -> Executor:
     def refuses(*args: Any, **kwargs: Any) -> str | None:
         return kernel.refuses(*op.prepare(*args, **kwargs))
 
-    return Executor(op, f"{where.device.arch}:{kernel.name}", run, kernel.lacks(where.device), refuses)
+    return Executor(
+        op, f"{where.device.arch}:{kernel.name}", run, kernel.lacks(where.device), refuses, asks=False, threads=(1, 3)
+    )

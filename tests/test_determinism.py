@@ -39,7 +39,7 @@ def same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def test_gemm_for_any_number_of_threads(executor: executors.Executor, case: Gemm) -> None:
     operands = cases.gemm_operands(case)
     first = None
-    for threads in (1, 2, 3, 5, 5):
+    for threads in executor.threads:
         with moekern.use(num_threads=threads):
             result = executor(operands.a, operands.b)
         first = result if first is None else first
@@ -50,7 +50,7 @@ def test_gemm_for_any_number_of_threads(executor: executors.Executor, case: Gemm
 def test_cast_for_any_number_of_threads(executor: executors.Executor) -> None:
     x = torch.randn(700, 1300, generator=torch.Generator().manual_seed(0))
     first = None
-    for threads in (1, 2, 3, 5, 5):
+    for threads in executor.threads:
         with moekern.use(num_threads=threads):
             q, scale = executor(x)
         first = (q, scale) if first is None else first
@@ -61,7 +61,7 @@ def test_cast_for_any_number_of_threads(executor: executors.Executor) -> None:
 def test_dequantize_for_any_number_of_threads(executor: executors.Executor) -> None:
     x = moekern.per_block_cast_to_fp8(torch.randn(700, 1300, generator=torch.Generator().manual_seed(0)))
     results = []
-    for threads in (1, 2, 3, 5, 5):
+    for threads in executor.threads:
         with moekern.use(num_threads=threads):
             results.append(executor(x))
     assert all(same(result, results[0]) for result in results)

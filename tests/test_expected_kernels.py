@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import conftest
 import executors
 import pytest
@@ -17,7 +22,7 @@ def session(monkeypatch: pytest.MonkeyPatch) -> dict[str, executors.Executor]:
         return executors.Executor(moekern.dequantize, name, lambda: None, absent, lambda: None)
 
     made = {e.name: e for e in (executor("cpu.good"), executor("cpu.plain"), executor("cpu.exotic", "needs exotic"))}
-    monkeypatch.setattr(executors, "asked", {str(e): e for e in made.values()})
+    monkeypatch.setattr(executors, "asked", {str(e): e.absent for e in made.values()})
     monkeypatch.setattr(executors, "ran", type(executors.ran)())
     monkeypatch.delenv("MOEKERN_EXPECT_KERNELS", raising=False)
     return made
@@ -49,3 +54,26 @@ def test_the_expected_list_is_exact(session: dict[str, executors.Executor], monk
         "dequantize=cpu.plain ran, but MOEKERN_EXPECT_KERNELS does not list it",
         "MOEKERN_EXPECT_KERNELS lists cpu.typo, which no op has",
     ]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_processes_report_to_the_one_that_judges(processes: int) -> None:
+    """The calls of a test file are counted, and judged, wherever they ran: pytest-xdist deals them out."""
+    test = f"{Path(__file__).with_name('test_determinism.py')}::test_dequantize_for_any_number_of_threads"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"-n{processes}", "--dist=load", test],
+        env={**os.environ, "MOEKERN_EXPECT_KERNELS": "cpu.scalar,cpu.typo"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    here, said = moekern.devices()[0], done.stdout.splitlines()
+    ran = [f"dequantize={k.name}" for k in moekern.dequantize.kernels if k.lacks(here) is None]
+    assert {f"{name}: 5 calls" for name in ran} <= set(said), done.stdout + done.stderr
+    errors = [line for line in said if line.startswith("ERROR") and ":" not in line]
+    assert errors == [
+        f"ERROR {name} ran, but MOEKERN_EXPECT_KERNELS does not list it"
+        for name in sorted(ran)
+        if name != "dequantize=cpu.scalar"
+    ] + ["ERROR MOEKERN_EXPECT_KERNELS lists cpu.typo, which no op has"]
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED and "failed" not in said[-1]

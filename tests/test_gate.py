@@ -163,7 +163,7 @@ def test_for_any_number_of_threads(executor: executors.Executor) -> None:
     case = Gate(700, 256, 8, scoring="sigmoid", bias="f32", groups=8, kept=4, renormalize=True, factor=2.5)
     (logits, topk), options = routing_cases.gate_operands(case)
     results = []
-    for threads in (1, 2, 3, 5, 5):
+    for threads in executor.threads:
         with moekern.use(num_threads=threads):
             results.append(gate(executor, logits, topk, **options))
     for result in results:

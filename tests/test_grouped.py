@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import executors
@@ -16,26 +17,37 @@ from moekern import GroupedLayout, GroupedWeights, ScaledTensor
 from moekern.scaled import DTYPES
 from moekern.testing import cases, grouped_cases
 from moekern.testing.grouped_cases import KGrouped, MGrouped
-from moekern.testing.numerics import check_bound, check_exact, check_rms
+from moekern.testing.numerics import GemmOracle, check_bound, check_exact, check_rms
 
 M_OPS = (moekern.m_grouped_fp8_gemm_nt_contiguous, moekern.m_grouped_fp8_gemm_nt_masked)
 OPS = (*M_OPS, moekern.k_grouped_fp8_gemm_tn_contiguous)
 
 
-def run_m_grouped(executor: executors.Executor, case: MGrouped) -> tuple[torch.Tensor, Any]:
-    """The rows that one kernel writes on one case, and what they should be."""
+@functools.lru_cache(maxsize=2)  # a case and its exact twin, for all kernels in turn
+def m_grouped_problem(case: MGrouped) -> tuple[tuple[Any, ...], GemmOracle]:
     a, b, layout = grouped_cases.m_grouped_operands(case)
+    return (a, b, layout), grouped_cases.m_grouped_oracle(case.op, a, b, layout)
+
+
+@functools.lru_cache(maxsize=2)
+def k_grouped_oracle(case: KGrouped) -> GemmOracle:
+    a, b, layout, c, _ = grouped_cases.k_grouped_operands(case)
+    return grouped_cases.k_grouped_oracle(a, b, layout, c)
+
+
+def run_m_grouped(executor: executors.Executor, case: MGrouped) -> tuple[torch.Tensor, GemmOracle]:
+    """The rows that one kernel writes on one case, and what they should be."""
+    (a, b, layout), oracle = m_grouped_problem(case)
     out = grouped_cases.m_grouped_output(case, layout)
-    oracle = grouped_cases.m_grouped_oracle(executor.op, a, b, layout)
     executor(a, b, layout, out)
     assert cases.only_written(out), "wrote outside of out"
     assert grouped_cases.untouched(out, layout), "wrote to rows that belong to no group"
     return grouped_cases.owned(out, layout), oracle
 
 
-def run_k_grouped(executor: executors.Executor, case: KGrouped) -> tuple[torch.Tensor, Any]:
-    a, b, layout, c, out = grouped_cases.k_grouped_operands(case)
-    oracle = grouped_cases.k_grouped_oracle(a, b, layout, c)
+def run_k_grouped(executor: executors.Executor, case: KGrouped) -> tuple[torch.Tensor, GemmOracle]:
+    oracle = k_grouped_oracle(case)
+    a, b, layout, c, out = grouped_cases.k_grouped_operands(case)  # new ones: `out` may be c
     executor(a, b, layout, c, out)
     assert cases.only_written(out), "wrote outside of out"
     return out.flatten(0, 1), oracle
@@ -43,7 +55,8 @@ def run_k_grouped(executor: executors.Executor, case: KGrouped) -> tuple[torch.T
 
 def problems(*ops: moekern.Op) -> list[tuple[executors.Executor, Any]]:
     found = (*grouped_cases.M_GROUPED, *grouped_cases.K_GROUPED)
-    return [(e, case) for e in executors.executors(*ops) for case in found if case.op is e.op]
+    kernels = {op: executors.executors(op) for op in ops}
+    return [(e, case) for case in found for e in kernels[case.op]]
 
 
 @pytest.mark.parametrize(("executor", "case"), problems(*OPS), ids=str)
@@ -175,7 +188,7 @@ def call(case: Any, executor: executors.Executor) -> torch.Tensor:
 )
 def test_any_number_of_threads(executor: executors.Executor, case: Any) -> None:
     results = []
-    for threads in (1, 2, 3, 5, 5):
+    for threads in executor.threads:
         with moekern.use(num_threads=threads):
             results.append(call(case, executor))
     assert all(same(result, results[0]) for result in results)

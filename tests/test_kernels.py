@@ -5,6 +5,8 @@ A new kernel or case adds no test code: kernels come from Op.kernels, cases from
 
 from __future__ import annotations
 
+import functools
+
 import executors
 import pytest
 import torch
@@ -13,7 +15,7 @@ import moekern
 from moekern.ops.quantize import reference_cast
 from moekern.scaled import MAX, ScaledTensor
 from moekern.testing import cases
-from moekern.testing.numerics import check_bound, check_exact, check_rms, gemm_oracle, half_ulp
+from moekern.testing.numerics import GemmOracle, check_bound, check_exact, check_rms, gemm_oracle, half_ulp
 
 CASTS = (
     moekern.per_token_cast_to_fp8,
@@ -23,11 +25,16 @@ CASTS = (
 )
 
 
-def run_gemm(executor: executors.Executor, case: cases.Gemm) -> tuple[torch.Tensor, object]:
+@functools.lru_cache(maxsize=2)  # a case and its exact twin, for all kernels in turn
+def gemm_problem(case: cases.Gemm) -> tuple[cases.GemmOperands, GemmOracle]:
+    p = cases.gemm_operands(case)
+    return p, gemm_oracle(moekern.fp8_gemm_nt, p.a, p.b, p.c, p.bias)
+
+
+def run_gemm(executor: executors.Executor, case: cases.Gemm) -> tuple[torch.Tensor, GemmOracle]:
     """The result of one kernel on one case, and what it should be."""
-    operands = cases.gemm_operands(case)
+    operands, oracle = gemm_problem(case)
     c, out = cases.gemm_output(case, operands)
-    oracle = gemm_oracle(executor.op, operands.a, operands.b, operands.c, operands.bias)
     result = executor(operands.a, operands.b, c, operands.bias, out)
     assert cases.only_written(out), "wrote outside of out"
     return out if result is None else result, oracle
@@ -60,14 +67,19 @@ def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, what: str) -> No
         )
 
 
+@functools.lru_cache(maxsize=1)
+def cast_problem(op: moekern.Op, case: cases.Cast) -> tuple[torch.Tensor, ScaledTensor]:
+    x = cases.cast_input(case)
+    return x, op.reference(x, case.format, case.round_scale_up)
+
+
 @pytest.mark.parametrize(
     ("executor", "case"),
-    [(e, case) for e in executors.executors(*CASTS) for case in cases.CAST if case.op == e.op.name],
+    [(e, case) for op in CASTS for case in cases.CAST if case.op == op.name for e in executors.executors(op)],
     ids=str,
 )
 def test_cast(executor: executors.Executor, case: cases.Cast) -> None:
-    x = cases.cast_input(case)
-    expected = executor.op.reference(x, case.format, case.round_scale_up)
+    x, expected = cast_problem(executor.op, case)
     out = ScaledTensor(cases.place(expected.data, "padded"), cases.place(expected.scale, "columns"), expected.block)
     out.data.view(torch.uint8).fill_(0x55)
     out.scale.fill_(-1)
@@ -116,11 +128,16 @@ def check_silu_mul(x: torch.Tensor, out: ScaledTensor, case: cases.Cast) -> None
         )
 
 
+@functools.lru_cache(maxsize=1)
+def dequantize_problem(case: cases.Dequantize) -> tuple[ScaledTensor, torch.Tensor]:
+    x = cases.dequantize_input(case)
+    return x, moekern.dequantize.reference(x).to(torch.float32).to(cases.FLOATS[case.out])
+
+
 @executors.of(moekern.dequantize)
 @pytest.mark.parametrize("case", cases.DEQUANTIZE, ids=str)
 def test_dequantize(executor: executors.Executor, case: cases.Dequantize) -> None:
-    x = cases.dequantize_input(case)
-    expected = executor.op.reference(x).to(torch.float32).to(cases.FLOATS[case.out])
+    x, expected = dequantize_problem(case)
     out = cases.place(torch.zeros_like(expected), "padded")
     executor(x, out)
     assert cases.only_written(out), "wrote outside of out"

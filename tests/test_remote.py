@@ -63,19 +63,17 @@ def test_absent_feature_is_refused() -> None:
 @pytest.mark.parametrize("m", [3, 70])
 def test_threads_change_no_bit(name: str, m: int) -> None:
     runner = remote.runner(name)
-    try:
-        for kernel in runner.kernels(fp8_gemm_nt):
-            call = problem(m)
-            if kernel.why_not(runner.device, *call):
-                continue
-            results = []
-            for runner.threads in (1, 2, 3, 3):
-                call[4].fill_(torch.nan)
+    for kernel in runner.kernels(fp8_gemm_nt):
+        call = problem(m)
+        if kernel.why_not(runner.device, *call):
+            continue
+        results = []
+        for threads in (1, 2, 3, 3):
+            call[4].fill_(torch.nan)
+            with moekern.use(num_threads=threads):
                 kernel.run(*call)
-                results.append(call[4].clone())
-            assert all(torch.equal(r, results[0]) for r in results), kernel.name
-    finally:
-        runner.threads = 2
+            results.append(call[4].clone())
+        assert all(torch.equal(r, results[0]) for r in results), kernel.name
 
 
 @each_runner

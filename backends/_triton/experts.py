@@ -79,7 +79,10 @@ def gate_up_kernel(
         if ALIGNED:
             gate_at, up_at = tl.multiple_of(gate_at, 16), tl.multiple_of(up_at, 16)
         gate_scale_at, up_scale_at = tl.load(gate_scale_table + g), tl.load(up_scale_table + g)
-        x_at, w_at = x + token * x_row, w + tl.where(is_up, up_at, gate_at) + row * w_row
+        x_at = x + token * x_row
+        # a product, which the compiler knows to be a multiple of 16; of a choice it does not, and loads single bytes
+        up_from_gate = up_at + tl.cast(up_first, tl.int64) * w_row - gate_at
+        w_at = w + gate_at + (c % 2).to(tl.int64) * up_from_gate + unit * w_row
         x_scale_at = x_scale + token // x_block_rows * x_scale_row
         w_scale_at = w_scale + tl.where(is_up, up_scale_at, gate_scale_at) + row // w_block_rows * w_scale_row
         if SWAP:
@@ -261,7 +264,7 @@ def _experts(
         h = space.take((rows.rows, size), x_dtype)
     down = pair(target, h, of.down, size)
     average = cdiv(rows.rows, weights.num_experts)
-    shape = Shape(average, weights.hidden_size, size, weights.num_experts, 8 * down.a.data.element_size())
+    shape = down.shape(average, weights.hidden_size, weights.num_experts)
     return [
         _gate_up(target, choose, x, of, weights, rows, options, h),
         *group_product(
@@ -285,7 +288,7 @@ def _gate_up(
     operands = pair(target, x, of.gate_up, weights.hidden_size)
     size, groups = weights.intermediate_size, weights.num_experts
     average = cdiv(rows.rows, groups)
-    shape = Shape(average, 2 * size, operands.k, groups, 8 * operands.a.data.element_size())
+    shape = operands.shape(average, 2 * size, groups, paired=options.quantise)
     tiles = choose(target, shape)
     units = BLOCK if options.quantise else tiles.columns // 2
     most = (cdiv(rows.rows, tiles.rows) + groups) * cdiv(size, units)

@@ -135,7 +135,7 @@ def gemm(
     operands = pair(target, a, b, b.shape[1])
     m, n = out.shape
     described = operands.describable()
-    tiles = choose(target, Shape(m, n, operands.k, 1, 8 * operands.a.data.element_size(), 8, described))
+    tiles = choose(target, operands.shape(m, n, described=described))
     if tiles.splits > 1 and operands.k > operands.step:
         sums = torch.empty((tiles.splits, m, n), dtype=torch.float64, device=out.device)
         return [

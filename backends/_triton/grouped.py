@@ -170,7 +170,7 @@ def m_grouped(
     operands = pair(target, a, first, k)
     rows = out.shape[-2] if out.dim() == 3 else cdiv(out.shape[0], groups)
     described = operands.describable() and places[0].table is None
-    tiles = choose(target, Shape(rows, n, k, groups, 8 * operands.a.data.element_size(), 8, described))
+    tiles = choose(target, operands.shape(rows, n, groups, described=described))
     return group_product(
         target, tiles, operands, (places[0], places[1]), layout.starts, layout.counts, groups, out, described=described
     )
@@ -255,7 +255,7 @@ def k_grouped(
     """Of a prepared call."""
     groups, m, n = out.shape
     operands = pair(target, a.T, b.T, layout.rows)
-    tiles = choose(target, Shape(m, n, layout.rows, groups, 8 * operands.a.data.element_size()))
+    tiles = choose(target, operands.shape(m, n, groups, strided=True))
     most = groups * cdiv(m, tiles.rows) * cdiv(n, tiles.columns)
     like = out if c is None else c
     return [

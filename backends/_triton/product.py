@@ -13,7 +13,7 @@ import triton.language as tl
 from moekern.backends._triton.formats import decode, dot, load_scale, rounded, to_fnuz
 from moekern.backends._triton.launch import Launch, cdiv
 from moekern.backends._triton.targets import Target
-from moekern.backends._triton.tiles import Tiles
+from moekern.backends._triton.tiles import Shape, Tiles
 from moekern.scaled import BLOCK, ScaledTensor
 
 LEAST_STEP = 16  # columns of k: what the matrix instructions take at least
@@ -241,6 +241,11 @@ class Pair(NamedTuple):
             "TO": self.to,
             "STEP": min(self.step, tiles.depth),
         }
+
+    def shape(self, rows: int, columns: int, groups: int = 1, **what: bool) -> Shape:
+        """What tiles are chosen by. what: further fields of it."""
+        bits_a, bits_b = 8 * self.a.data.element_size(), 8 * self.b.data.element_size()
+        return Shape(rows, columns, self.k, groups, bits_a, bits_b, native=self.native != "", **what)
 
     def describable(self) -> bool:
         """Whether tensor descriptors may stand for both operands: rows of bytes, 16-byte aligned, also of a stack."""

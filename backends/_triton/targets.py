@@ -15,6 +15,7 @@ class Target:
     shared_memory: int  # bytes that one program may have
     processors: int  # programs that run at once: streaming multiprocessors or compute units
     native: frozenset[str] = frozenset()
+    macs: int = 1024  # multiply-adds of its matrix units in a cycle and processor, in FP8 if they take it
 
     @property
     def name(self) -> str:
@@ -26,14 +27,19 @@ _OCP = frozenset({"e4m3fn", "e5m2"})
 # L40S, H100 SXM, B200 and RTX 5090; AMD CDNA 3 and CDNA 4 ISA guides (LDS) and those of MI300X and MI355X.
 _KNOWN = (
     Target("cuda", 80, 32, 163 * 1024, 108),
-    Target("cuda", 89, 32, 99 * 1024, 142, _OCP),
-    Target("cuda", 90, 32, 227 * 1024, 132, _OCP),
-    Target("cuda", 100, 32, 227 * 1024, 148, _OCP),
-    Target("cuda", 120, 32, 99 * 1024, 170, _OCP),
-    Target("hip", "gfx942", 64, 64 * 1024, 304, frozenset({"e4m3fnuz"})),
-    Target("hip", "gfx950", 64, 160 * 1024, 256, _OCP),
+    Target("cuda", 89, 32, 99 * 1024, 142, _OCP, 1024),
+    Target("cuda", 90, 32, 227 * 1024, 132, _OCP, 4096),
+    Target("cuda", 100, 32, 227 * 1024, 148, _OCP, 8192),
+    Target("cuda", 120, 32, 99 * 1024, 170, _OCP, 512),
+    Target("hip", "gfx942", 64, 64 * 1024, 304, frozenset({"e4m3fnuz"}), 2048),
+    Target("hip", "gfx950", 64, 160 * 1024, 256, _OCP, 4096),
 )
 TARGETS = {target.name: target for target in _KNOWN}
+
+
+def macs(name: str) -> int:
+    """Of an architecture by its exact name; of others a guess, which decides no more than how fast they are."""
+    return TARGETS[name].macs if name in TARGETS else Target.macs
 
 
 def native_formats(name: str) -> frozenset[str]:

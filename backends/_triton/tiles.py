@@ -1,8 +1,16 @@
-"""How a product is cut into tiles: what the tables of the backends answer, and the budget that it has to fit."""
+"""How a product is cut into tiles: the candidates' cost, and the memory that they have to fit.
+
+Which tiles there are to choose from is the backends' knowledge: backends/<device>/tiles.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from moekern.backends._triton.targets import Target
+
+_L2_BYTES = 64  # that a processor reads in a cycle
 
 
 @dataclass(frozen=True)
@@ -16,6 +24,9 @@ class Shape:
     bits_a: int = 8  # of an element of each operand in memory
     bits_b: int = 8
     described: bool = False  # tensor descriptors may stand for both operands
+    native: bool = False  # the matrix instructions take both in FP8
+    paired: bool = False  # columns are of gate and up in turn, and 128 of each have to be in one tile
+    strided: bool = False  # k runs along the rows of memory
 
 
 @dataclass(frozen=True)
@@ -37,3 +48,40 @@ class Tiles:
     descriptors: bool = False  # operands come by the tensor memory accelerator (TMA)
     specialised: bool = False  # warps that load beside warps that multiply
     group: int = 8  # rows of tiles that programs go through together
+
+
+def shared_bytes(tiles: Tiles, shape: Shape) -> int:
+    """The most shared memory that the compiler takes: tiles of both operands in every stage, and decoded ones once."""
+    size_a, size_b = shape.bits_a // 8, shape.bits_b // 8
+    staged = tiles.stages * tiles.depth * (tiles.rows * size_a + tiles.columns * size_b)
+    if shape.native:
+        # specialised warps hand the sums over through it, too
+        return staged + (17 * 1024 if tiles.descriptors else 1024)
+    decoded = max(size_a, 2)
+    return staged + tiles.depth * (tiles.columns * decoded + (tiles.rows * decoded if size_a == 1 else 0))
+
+
+def cost(target: Target, tiles: Tiles, shape: Shape) -> float:
+    """Cycles, as far as matrix units and the second-level cache decide: waves of tiles, each the longer of the two.
+
+    Of operands that are decoded, the decoding takes the place of bytes: about as long for an element.
+    """
+    count = -(-shape.rows // tiles.rows) * -(-shape.columns // tiles.columns) * shape.groups
+    waves = -(-count // target.processors)
+    multiply = tiles.rows * tiles.columns / target.macs
+    load = (tiles.rows * shape.bits_a + tiles.columns * shape.bits_b) / 8 / _L2_BYTES
+    return waves * max(multiply, load) * (shape.k + 2 * tiles.stages * tiles.depth)
+
+
+def cheapest(target: Target, candidates: Iterable[Tiles], shape: Shape) -> Tiles:
+    """The first of the candidates that cost least, among those that fit."""
+    fitting = [tiles for tiles in candidates if shared_bytes(tiles, shape) <= target.shared_memory]
+    if not fitting:
+        raise ValueError(f"no tile of {shape} fits the {target.shared_memory} bytes of {target.name}")
+    return min(fitting, key=lambda tiles: cost(target, tiles, shape))
+
+
+def splits_of(target: Target, tiles: Tiles, shape: Shape) -> int:
+    """Parts of k that give every processor a tile, each of four steps at least; at most 16."""
+    count = -(-shape.rows // tiles.rows) * -(-shape.columns // tiles.columns)
+    return max(1, min(16, target.processors // max(count, 1), shape.k // (4 * tiles.depth)))

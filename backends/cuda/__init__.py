@@ -7,7 +7,7 @@ import functools
 import torch
 
 from moekern.backends._triton import kernels
-from moekern.backends._triton.targets import Target, native_formats
+from moekern.backends._triton.targets import Target, macs, native_formats
 from moekern.backends.cuda import tiles
 from moekern.op import Device
 
@@ -40,6 +40,7 @@ def target_of(where: torch.device) -> Target:
         getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
         properties.multi_processor_count,
         native_formats(f"sm_{arch}"),
+        macs(f"sm_{arch}"),
     )
 
 

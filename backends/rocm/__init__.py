@@ -7,7 +7,7 @@ import functools
 import torch
 
 from moekern.backends._triton import kernels
-from moekern.backends._triton.targets import Target, native_formats
+from moekern.backends._triton.targets import Target, macs, native_formats
 from moekern.backends.rocm import tiles
 from moekern.op import Device
 
@@ -43,6 +43,7 @@ def target_of(where: torch.device) -> Target:
         properties.shared_memory_per_block,
         properties.multi_processor_count,
         native_formats(arch),
+        macs(arch),
     )
 
 
