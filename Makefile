@@ -15,6 +15,8 @@ python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
+triton := triton machine_code launch warmup on_device
+
 .PHONY: bench test interpreted lint types format engines sanitize
 
 bench: $(VENV)/installed
@@ -67,7 +69,7 @@ engines: $(VENV)/installed
 # A second environment that sees the packages of VENV but not its editable moekern. ASan has to be the
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
-# other CPUs run in a process of their own, which is not this build.
+# other CPUs run in a process of their own, which is not this build; those in Triton are no native code.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \
@@ -76,4 +78,5 @@ sanitize: $(VENV)/installed
 	  -C build-dir=build/sanitize/cmake -C cmake.define.MOEKERN_SANITIZE=ON -C install.strip=false
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  build/sanitize/venv/bin/python -m pytest --capture=sys -m "not slow" -k "not aarch64 and not emulated and not remote" $(PYTEST)
+	  build/sanitize/venv/bin/python -m pytest --capture=sys -m "not slow" -k "not aarch64 and not emulated and not remote" \
+	  $(triton:%=--ignore tests/test_%.py) $(PYTEST)

@@ -104,6 +104,25 @@ def hooks() -> None:
     assert [x if x == "left" else (x["name"], x["stream"]) for x in seen] == [("between", 7), "left"] * 2
 
 
+def memory() -> None:
+    """For descriptors: a program's own allocator stays; a thread that has none gets torch's."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from triton.runtime._allocation import _allocator
+
+    from moekern.backends._triton import launch as launches
+
+    def provided() -> Any:
+        launches._provide_memory()
+        return _allocator.get()
+
+    own = lambda size, alignment, stream: torch.empty(size)  # noqa: E731
+    triton.set_allocator(own)
+    assert provided() is own
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(provided).result() is launches._memory
+
+
 def every_kernel() -> None:
     """Values arrive under the names that plans gave them."""
     from moekern import models, warmup
@@ -136,6 +155,8 @@ def every_kernel() -> None:
         assert all(values[name] is x for name, x in zip(one.kernel.arg_names, launched.values, strict=True))
 
 
-@pytest.mark.parametrize("check", [arguments, as_triton, hooks, pytest.param(every_kernel, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "check", [arguments, as_triton, hooks, memory, pytest.param(every_kernel, marks=pytest.mark.slow)]
+)
 def test_launches(check: Any, tmp_path: Path) -> None:
     pretended.apart(tmp_path, check)

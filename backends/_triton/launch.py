@@ -18,7 +18,9 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
 from triton import knobs
+from triton.runtime._allocation import _allocator
 from triton.runtime.driver import driver
 
 from moekern.backends._triton.ahead import Absent, active
@@ -55,6 +57,8 @@ class Launch:
         """
         if not all(self.grid):
             return
+        if self.constants.get("TILES"):
+            _provide_memory()
         forms = _forms(self.kernel)
         if forms is None:
             return self.by_triton(stream)
@@ -93,6 +97,17 @@ class Launch:
         if values:
             raise TypeError(f"{self.kernel.__name__} has no arguments {', '.join(values)}")
         return self.kernel.warmup(*order, grid=self.grid, **self.options())
+
+
+def _provide_memory() -> None:
+    """Tensor descriptors lie in memory that Triton asks for at the launch: torch's, unless the program provides any."""
+    if type(_allocator.get()).__name__ == "NullAllocator":
+        triton.set_allocator(_memory)
+
+
+def _memory(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Freed as soon as the launch is queued: whoever has it next uses it behind the kernel on the same stream."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 class _Forms:
