@@ -61,7 +61,10 @@ def choose_for_few_rows(target: Target, shape: Shape) -> Tiles:
         return choose(target, shape)
     if shape.paired:
         return Tiles(16, 256, 8, 2, swap=True)
-    tiles = Tiles(16, 128, 4, 4, swap=True) if shape.native else Tiles(16, 128, 8, 3, 64, swap=True)
+    if shape.native:
+        tiles = Tiles(16, 128, 4, 4, swap=True)
+    else:
+        tiles = Tiles(16, 128, 8 if target.name == "sm_100" else 4, 3, 64, swap=True)
     if shape.groups > 1:
         return tiles
     return replace(tiles, splits=splits_of(target, tiles, shape))
