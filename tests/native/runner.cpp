@@ -281,9 +281,14 @@ const char* moe_permute(const Request& r, bool ask) {
   p.sout = r.grid("out.x.scale");
   p.inverse = r.matrix("out.inverse");
   p.threads = r.threads;
-  check_permute("moe_permute", p, experts);
+  check_permute("moe_permute", p);
+  check_permute_ids("moe_permute", p, experts);
   std::vector<int64_t> starts(static_cast<size_t>(experts)), counts(starts);
-  check_permute_output("moe_permute", p, count_experts(p, starts.data(), counts.data(), experts));
+  Matrix of_starts, of_counts;
+  of_starts.data = reinterpret_cast<char*>(starts.data());
+  of_counts.data = reinterpret_cast<char*>(counts.data());
+  of_starts.cols = of_counts.cols = experts;
+  check_permute_output("moe_permute", p, count_experts(p, of_starts, of_counts));
   if (!ask) kernel.permute(p);
   return nullptr;
 }
@@ -297,6 +302,7 @@ const char* moe_unpermute(const Request& r, bool ask) {
   p.out = r.matrix("out");
   p.threads = r.threads;
   check_unpermute("moe_unpermute", p);
+  check_ids("moe_unpermute", "inverse", p.inverse, p.y.rows);
   check_unpermute_output("moe_unpermute", p);
   if (!ask && p.out.rows && p.out.cols) kernel.unpermute(p);
   return nullptr;
