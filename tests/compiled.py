@@ -69,7 +69,7 @@ def expectation(target: Any, launch: Any, fp8: bool) -> gates.Expectation:
         return gates.Expectation(target.shared_memory, r"v_mfma_f32_\w+_f32$" if target.backend == "hip" else "")
     matrix = gates.FP8.get(target.name) if fp8 else None
     required = ("UTMALDG",) if constants.get("TILES") else ()
-    step = None if constants.get("SPECIALISED") else tile(constants)
+    step = None if constants.get("SPECIALISED") or constants.get("REPAIR") else tile(constants)
     slow = gates.SLOW_FP8.get(target.name, "") if matrix else ""
     matrix = matrix or gates.HALF[target.name]
     return gates.Expectation(target.shared_memory, matrix, slow, required, tile=step)

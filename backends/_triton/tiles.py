@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from moekern.backends._triton.targets import Target
 
 _L2_BYTES = 64  # that a processor reads in a cycle
+_LANES = 128  # in which it multiplies float32
+_FRAGMENTS = 64  # elements of a column of k that it brings to its matrix units in a cycle, roughly
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,25 @@ def shared_bytes(tiles: Tiles, shape: Shape) -> int:
     staged = tiles.stages * tiles.depth * (tiles.rows * size_a + tiles.columns * size_b)
     if shape.native:
         # specialised warps hand the sums over through it, too
-        return staged + (17 * 1024 if tiles.descriptors else 1024)
+        return staged + (17 * 1024 if tiles.specialised else 1024)
     decoded = max(size_a, 2)
     return staged + tiles.depth * (tiles.columns * decoded + (tiles.rows * decoded if size_a == 1 else 0))
 
 
 def cost(target: Target, tiles: Tiles, shape: Shape) -> float:
-    """Cycles, as far as matrix units and the second-level cache decide: waves of tiles, each the longer of the two.
+    """Cycles: waves of tiles, each as long as its products, or as its operands take from the second-level cache.
 
-    Of operands that are decoded, the decoding takes the place of bytes: about as long for an element.
+    Scaling, fragments and addresses come on top, unless others multiply meanwhile: specialised warps, or blocks that a
+    processor has several of, as descriptors leave it registers for. Of operands that are decoded, the decoding takes
+    the place of bytes: about as long for an element.
     """
     count = -(-shape.rows // tiles.rows) * -(-shape.columns // tiles.columns) * shape.groups
     waves = -(-count // target.processors)
     multiply = tiles.rows * tiles.columns / target.macs
+    beside = tiles.rows * tiles.columns / _LANES / tiles.depth + (tiles.rows + tiles.columns) / _FRAGMENTS
+    multiply = max(multiply, beside) if tiles.descriptors else multiply + beside
     load = (tiles.rows * shape.bits_a + tiles.columns * shape.bits_b) / 8 / _L2_BYTES
-    return waves * max(multiply, load) * (shape.k + 2 * tiles.stages * tiles.depth)
+    return waves * max(multiply, load) * (shape.k + 4 * tiles.depth)
 
 
 def cheapest(target: Target, candidates: Iterable[Tiles], shape: Shape) -> Tiles:

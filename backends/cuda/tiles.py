@@ -60,7 +60,7 @@ def choose_for_few_rows(target: Target, shape: Shape) -> Tiles:
     if shape.bits_a == 32 or shape.strided:
         return choose(target, shape)
     if shape.paired:
-        return Tiles(16, 256, 8, 2, swap=True)
+        return Tiles(16, 256, 8, 2, 128 if shape.native else 64, swap=True)
     if shape.native:
         tiles = Tiles(16, 128, 4, 4, swap=True)
     else:

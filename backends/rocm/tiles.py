@@ -24,7 +24,7 @@ def choose(target: Target, shape: Shape) -> Tiles:
         return cheapest(target, _FLOAT32, shape)
     if shape.strided:
         # 128 columns of k, which its instructions of the full rate take 64 or 128 at a time of
-        return Tiles(64, 128, 8, 2) if target.name == "gfx950" else _STRIDED
+        return Tiles(64, 64, 8, 2) if target.name == "gfx950" else _STRIDED
     if shape.paired:
         return Tiles(64, 256, 8, 2) if target.name == "gfx950" else Tiles(32, 256, 8, 2, 64)
     if not shape.native:
@@ -36,7 +36,7 @@ def choose_for_few_rows(target: Target, shape: Shape) -> Tiles:
     if shape.bits_a == 32 or shape.strided:
         return choose(target, shape)
     if shape.paired:
-        return Tiles(16, 256, 8, 2, swap=True)
+        return Tiles(16, 256, 8, 2, 128 if target.name == "gfx950" else 64, swap=True)
     stages = 4 if target.name == "gfx950" else 2
-    tiles = Tiles(16, 128, 4, stages, swap=True)
+    tiles = Tiles(16, 128, 4, stages, 128 if shape.native else 64, swap=True)
     return tiles if shape.groups > 1 else replace(tiles, splits=splits_of(target, tiles, shape))
