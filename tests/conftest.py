@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 import executors
-import interpreted  # noqa: F401: first of all, since it says how Triton is imported
+import interpreted  # noqa: F401  # before any test imports Triton: it says how
 import on_device
 import pytest
 import remote
