@@ -15,7 +15,7 @@ python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
-unsanitized := triton machine_code launch warmup on_device device_operands
+unsanitized := triton machine_code launch warmup tuning on_device device_operands
 
 .PHONY: bench test interpreted lint types format engines sanitize
 

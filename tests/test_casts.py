@@ -191,3 +191,21 @@ def test_round_trip(format: str) -> None:
     values = codes.view(DTYPES[format]).float()
     codes, values = codes[values.isfinite()], values[values.isfinite()]
     assert torch.equal(round_to_fp8(values, format).view(torch.uint8), codes)
+
+
+@pytest.mark.parametrize("scale", [torch.float32, torch.float8_e8m0fnu])
+def test_e4m3fn_becomes_e4m3fnuz_exactly(scale: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).reshape(2, 128).view(torch.float8_e4m3fn)
+    x = ScaledTensor(every, torch.tensor([[0.25], [2.0**-126]]).to(scale))
+    y = x.to_e4m3fnuz()
+    assert y.format == "e4m3fnuz" and y.scale.dtype == scale and y.block == x.block
+    torch.testing.assert_close(y.to_float64(), x.to_float64(), rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(x.data.view(torch.uint8).flatten(), torch.arange(256, dtype=torch.uint8))  # left as they were
+
+
+def test_what_is_not_exact_in_e4m3fnuz_is_refused() -> None:
+    data = torch.zeros(1, 128).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="2\\^127"):
+        ScaledTensor(data, torch.tensor([[2.0**127]])).to_e4m3fnuz()
+    with pytest.raises(ValueError, match="e5m2"):
+        ScaledTensor(data.to(torch.float8_e5m2), torch.ones(1, 1)).to_e4m3fnuz()

@@ -125,12 +125,13 @@ def memory() -> None:
 
 def every_kernel() -> None:
     """Values arrive under the names that plans gave them."""
-    from moekern import models, warmup
+    from moekern import models
     from moekern.backends._triton import ahead
     from moekern.backends._triton.kernels import kernels
     from moekern.backends._triton.launch import Launch
     from moekern.backends._triton.targets import TARGETS
     from moekern.backends._triton.warmup import family_of
+    from moekern.models.calls import calls
 
     driver, planned = pretended.driver(), []
     run = Launch.run
@@ -145,7 +146,7 @@ def every_kernel() -> None:
     experts = models.Experts(4, 2, 256, 128, shared=1)
     model = models.Model("tiny", (models.Linear("q", 256, 256),), experts, (128, 128))
     with ahead.active(driver):
-        for call in warmup.calls(model, (3,)):
+        for call in calls(model, (3,)):
             kernel = next(k for op, k in found if op is call.op and not (k.refuses and k.refuses(*call.prepared)))
             kernel.run(*call.prepared)
     assert len({one.kernel for one in planned}) >= 8 and len(planned) == len(driver.launched)

@@ -15,6 +15,7 @@ import torch
 
 from moekern.backends._triton.targets import Target, native_formats
 from moekern.backends._triton.tiles import Shape, Tiles
+from moekern.backends._triton.tuned import preferred
 from moekern.op import Device, Kernel, Op, location
 from moekern.ops import (
     dequantize,
@@ -101,19 +102,19 @@ def why_not(kind: str = "cuda") -> str | None:
     """Why Triton cannot be used here for devices of a kind, or None. Does not import it."""
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed ({_INSTALL[kind]})"
-    found = _version()
+    found = version()
     if found and tuple(int(part) for part in found.split(".")[:2]) < _OLDEST:
         return f"Triton is {found}; {_OLDEST[0]}.{_OLDEST[1]} or later is needed"
     return None
 
 
-def _version() -> str | None:
+def version() -> str | None:
     """Of Triton, by whatever name it was installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib import metadata
 
     for name in _DISTRIBUTIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            return version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
     return None
 
 
@@ -140,7 +141,8 @@ def _function(module: str, name: str) -> Callable[..., Any]:
 
 def _kernel(family: Family, row: _Row, few: bool) -> Kernel:
     choose = family.choose_for_few_rows if few else family.choose
-    choose = functools.lru_cache(_SHAPES)(choose)  # which compares many tiles, at every call of a layer the same
+    # which compares many tiles, at every call of a layer the same
+    choose = functools.lru_cache(_SHAPES)(preferred(choose, few))
     output = row.op.output_index
 
     def run(*call: Any) -> None:

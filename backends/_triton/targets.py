@@ -16,6 +16,7 @@ class Target:
     processors: int  # programs that run at once: streaming multiprocessors or compute units
     native: frozenset[str] = frozenset()
     macs: int = 1024  # multiply-adds of its matrix units in a cycle and processor, in FP8 if they take it
+    product: str = ""  # the name of a device that is here, by which measured tiles are kept
 
     @property
     def name(self) -> str:

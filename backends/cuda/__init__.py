@@ -41,6 +41,7 @@ def target_of(where: torch.device) -> Target:
         properties.multi_processor_count,
         native_formats(f"sm_{arch}"),
         macs(f"sm_{arch}"),
+        properties.name,
     )
 
 

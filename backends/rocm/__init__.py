@@ -44,6 +44,7 @@ def target_of(where: torch.device) -> Target:
         properties.multi_processor_count,
         native_formats(arch),
         macs(arch),
+        properties.name,
     )
 
 

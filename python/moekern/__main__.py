@@ -1,4 +1,4 @@
-"""`python -m moekern info [--json]`, `selftest`, `export` and `warmup`.
+"""`python -m moekern info [--json]`, `selftest`, `export`, `warmup` and `tune`.
 
 `info` has to work where the package does not: nothing here or in info.py imports more than the
 standard library before it is needed.
@@ -7,6 +7,7 @@ standard library before it is needed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 
 from moekern import info
@@ -20,8 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("selftest", help="run every kernel that can run here on a small problem and check its bits")
     commands.add_parser("export", help="write an FP8 checkpoint of transformers' as ONNX", add_help=False)
     commands.add_parser("warmup", help="compile a model's GPU kernels before they are asked for", add_help=False)
+    commands.add_parser("tune", help="measure the tiles of a model's products on a GPU, and keep them", add_help=False)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("export", "warmup"):
+    if rest and options.command not in ("export", "warmup", "tune"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         report = info.collect()
@@ -33,8 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.command == "export":
         return _export(rest)
-    if options.command == "warmup":
-        return _warmup(rest)
+    if options.command in ("warmup", "tune"):
+        return _of_model(options.command, rest)
     from moekern.testing import selftest
 
     return selftest.main()
@@ -54,12 +56,11 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
-def _warmup(arguments: list[str]) -> int:
-    from moekern import warmup
-
-    parser = argparse.ArgumentParser(prog="moekern warmup", description=warmup.__doc__)
-    warmup.add_arguments(parser)
-    return warmup.run(parser.parse_args(arguments))
+def _of_model(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f"moekern.{name}")
+    parser = argparse.ArgumentParser(prog=f"moekern {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -172,6 +172,21 @@ class ScaledTensor:
             raise ValueError(f"data has shape {list(self.data.shape)}; a stack of matrices has 3 dimensions")
         return ScaledTensor(self.data[g], self.scale[g], self.block)
 
+    def to_e4m3fnuz(self) -> ScaledTensor:
+        """The same values in the format that gfx942 multiplies, where e4m3fn would be converted at every call.
+
+        A byte of e4m3fnuz is worth half of what it is in e4m3fn, so bytes stay and scales double, except for NaN and
+        -0: e4m3fnuz has one NaN, where e4m3fn has -0, and no -0. Raises ValueError for scales that cannot be doubled.
+        """
+        if self.format != "e4m3fn":
+            raise ValueError(f"data has dtype {self.data.dtype}; only torch.float8_e4m3fn becomes e4m3fnuz exactly")
+        scale = 2 * self.scale.to(torch.float32)
+        if (scale.isinf() & ~self.scale.to(torch.float32).isinf()).any():
+            raise ValueError("scale has values of 2^127 or more, which float32 has no double of")
+        of_bytes = self.data.view(torch.uint8)
+        exchanged = of_bytes.masked_fill(of_bytes == 0x80, 0x00).masked_fill_(of_bytes & 0x7F == 0x7F, 0x80)
+        return ScaledTensor(exchanged.view(torch.float8_e4m3fnuz), scale.to(self.scale.dtype), self.block)
+
     def to_float64(self) -> torch.Tensor:
         """The exact values, for references."""
         scale = self.scale.to(torch.float32).to(torch.float64)
