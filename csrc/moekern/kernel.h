@@ -8,6 +8,12 @@
 
 namespace moekern {
 
+// Where kernels of an accelerator are queued: the stream that is current there when the op is called.
+struct Stream {
+  int device = 0;
+  void* handle = nullptr;
+};
+
 // out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
 struct GemmProblem {
   Matrix a;                         // [m, k] FP8 with sa, or f32/f16/bf16 without
