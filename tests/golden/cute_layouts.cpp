@@ -202,9 +202,9 @@ int main() {
   using namespace SM90::GMMA;
   using E4M3 = float_e4m3_t;
   using BF16 = bfloat16_t;
-  using EightBits = MMA_64x128x32_F32E4M3E4M3_SS_TN<>;
-  using AlongK = MMA_64x128x16_F32BF16BF16_SS<Major::K, Major::K>;
-  using AcrossK = MMA_64x128x16_F32BF16BF16_SS<Major::MN, Major::MN>;
+  using EightBits = MMA_64x256x32_F32E4M3E4M3_SS_TN<>;
+  using AlongK = MMA_64x256x16_F32BF16BF16_SS<Major::K, Major::K>;
+  using AcrossK = MMA_64x256x16_F32BF16BF16_SS<Major::MN, Major::MN>;
 
   std::string text = "{\n  \"base_address\": " + std::to_string(base_address) + ",\n  \"descriptor\": {";
   text += field("address", [](GmmaDescriptor& d) { d.bitfield.start_address_ = 0x3fff; }) + ", ";
@@ -216,10 +216,10 @@ int main() {
   text += ",\n  \"wgmma_a\": {\n    \"8\": " + fragment(MMA_Traits<MMA_64x64x32_F32E4M3E4M3_RS_TN<>>::ALayout{}) +
           ",\n    \"16\": " + fragment(MMA_Traits<MMA_64x64x16_F32BF16BF16_RS<Major::K, Major::K>>::ALayout{}) +
           "\n  }";
-  text += ",\n  \"tiles\": [\n" + tiles<Major::K, E4M3, EightBits>(Shape<_128, _128>{});
-  text += ",\n" + tiles<Major::K, BF16, AlongK>(Shape<_128, _64>{});
-  text += ",\n" + tiles<Major::MN, BF16, AcrossK>(Shape<_128, _64>{});
-  text += ",\n" + tiles<Major::MN, E4M3, None>(Shape<_128, _128>{}) + "\n  ]";
+  text += ",\n  \"tiles\": [\n" + tiles<Major::K, E4M3, EightBits>(Shape<_256, _128>{});
+  text += ",\n" + tiles<Major::K, BF16, AlongK>(Shape<_256, _64>{});
+  text += ",\n" + tiles<Major::MN, BF16, AcrossK>(Shape<_256, _64>{});
+  text += ",\n" + tiles<Major::MN, E4M3, None>(Shape<_256, _128>{}) + "\n  ]";
   text += ",\n  \"matrix\": {\n" + matrices<SM75_U32x1_LDSM_N, SM90_U32x1_STSM_N>("x1", 1) + ",\n" +
           matrices<SM75_U32x2_LDSM_N, SM90_U32x2_STSM_N>("x2", 2) + ",\n" +
           matrices<SM75_U32x4_LDSM_N, SM90_U32x4_STSM_N>("x4", 4) + ",\n" +
