@@ -19,7 +19,7 @@ struct Whole {
   static constexpr bool kWholePieces = true;
 
   __device__ static Loaded load(const CastParameters& p, uint32_t row, uint32_t col, int64_t step = 0) {
-    if (row < p.rows && col < p.cols) return load_piece(at(p.x, row, col) + step);
+    if (row < p.rows && col < p.cols) return load_piece(at(p.x, row, 0) + col * (kPieceBytes / V) + step);
     return {};
   }
   __device__ static Held hold(const Loaded& x) { return x; }
@@ -28,18 +28,21 @@ struct Whole {
   // Magnitudes order like integers.
   __device__ static void see(Tops& tops, const Held& x) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      tops.words[i] = F == Dtype::f32 ? max(tops.words[i], x.words[i] & 0x7fffffffu)
-                                      : __vmaxu2(tops.words[i], x.words[i] & 0x7fff7fffu);
+    for (int i = 0; i < 4; ++i) see_word(tops.words[i], x.words[i]);
   }
   __device__ static uint32_t top(const Tops& tops, int i) { return __float_as_uint(element<F>(tops, i)); }
   __device__ static uint32_t amax(const Held& x) {
     Tops tops{};
-    see(tops, x);
-    uint32_t best = 0;
+    tops.words[0] = x.words[0] & (F == Dtype::f32 ? 0x7fffffffu : 0x7fff7fffu);
 #pragma unroll
-    for (int i = 0; i < V; ++i) best = max(best, top(tops, i));
-    return best;
+    for (int i = 1; i < 4; ++i) see_word(tops.words[0], x.words[i]);
+    if constexpr (F == Dtype::f32) return tops.words[0];
+    return max(top(tops, 0), top(tops, 1));
+  }
+
+ private:
+  __device__ static void see_word(uint32_t& top, uint32_t word) {
+    top = F == Dtype::f32 ? max(top, word & 0x7fffffffu) : __vmaxu2(top, word & 0x7fff7fffu);
   }
 };
 
@@ -96,8 +99,8 @@ __device__ inline void store_codes(const CastParameters& p, uint32_t row, uint32
     for (int j = 0; j < 4; ++j) y[j] = __fmul_rn(Input::value(x, 4 * i + j), inverse(4 * i + j));
     codes[i] = to_fp8x2<F>(y[0], y[1]) | to_fp8x2<F>(y[2], y[3]) << 16;
   }
-  char* q = at(p.q, row, col);
   if constexpr (Input::kWholePieces) {
+    char* q = at(p.q, row, 0) + col;
     if constexpr (V == 8)
       *reinterpret_cast<uint2*>(q) = {codes[0], codes[1]};
     else

@@ -50,7 +50,8 @@ __device__ inline int64_t load_index(const char* at, Dtype dtype) {
   return dtype == Dtype::i64 ? *reinterpret_cast<const int64_t*>(at) : *reinterpret_cast<const int32_t*>(at);
 }
 
-template <Dtype F> constexpr int kPerPiece = F == Dtype::f32 ? 4 : 8;  // elements of 16 bytes
+constexpr int kPieceBytes = 16;
+template <Dtype F> constexpr int kPerPiece = F == Dtype::f32 ? 4 : 8;  // elements of a piece
 
 struct alignas(16) Piece {
   uint32_t words[4];
