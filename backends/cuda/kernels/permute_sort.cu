@@ -12,6 +12,7 @@ namespace {
 
 constexpr uint32_t kNoExpert = ~0u;
 constexpr int kSlotsOfLane = kSlotsATime / 32;
+constexpr uint32_t kWarpsATime = 8;  // whose counters a thread reads before it writes the first
 
 struct Slot {
   uint32_t token, choice;
@@ -104,10 +105,15 @@ extern "C" __global__ void __launch_bounds__(kSortWarps * 32) permute_sort(const
     __syncthreads();
     for (uint32_t bin = threadIdx.x; bin < p.bins; bin += blockDim.x) {
       uint32_t sum = 0;
-      for (uint32_t w = 0; w < warps; ++w) {
-        const uint32_t count = shared[w * p.bins + bin];
-        shared[w * p.bins + bin] = sum;
-        sum += count;
+      for (uint32_t w = 0; w < warps; w += kWarpsATime) {
+        uint32_t counts[kWarpsATime];
+#pragma unroll
+        for (uint32_t i = 0; i < kWarpsATime; ++i) counts[i] = w + i < warps ? shared[(w + i) * p.bins + bin] : 0;
+#pragma unroll
+        for (uint32_t i = 0; i < kWarpsATime; ++i) {
+          if (w + i < warps) shared[(w + i) * p.bins + bin] = sum;
+          sum += counts[i];
+        }
       }
       of_block[bin] = sum;
     }
