@@ -41,11 +41,7 @@ constexpr int kWarps = kCastThreads / 32;
 template <class Input>
 __device__ void cast_blocks(const CastParameters& p) {
   const Tile<Input> tile(p);
-  const auto tops = tile.tops();
-  uint32_t amax = 0;
-#pragma unroll
-  for (int i = 0; i < Input::V; ++i) amax = max(amax, Input::top(tops, i));
-  amax = __reduce_max_sync(~0u, amax);
+  uint32_t amax = __reduce_max_sync(~0u, Input::amax(tile.tops()));
   __shared__ uint32_t of_warps[kWarps];
   if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = amax;
   __syncthreads();

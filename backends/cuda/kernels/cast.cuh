@@ -31,13 +31,11 @@ struct Whole {
     for (int i = 0; i < 4; ++i) see_word(tops.words[i], x.words[i]);
   }
   __device__ static uint32_t top(const Tops& tops, int i) { return __float_as_uint(element<F>(tops, i)); }
-  __device__ static uint32_t amax(const Held& x) {
-    Tops tops{};
-    tops.words[0] = x.words[0] & (F == Dtype::f32 ? 0x7fffffffu : 0x7fff7fffu);
+  // The largest of them all.
+  __device__ static uint32_t amax(Tops tops) {
 #pragma unroll
-    for (int i = 1; i < 4; ++i) see_word(tops.words[0], x.words[i]);
-    if constexpr (F == Dtype::f32) return tops.words[0];
-    return max(top(tops, 0), top(tops, 1));
+    for (int i = 1; i < 4; ++i) see_word(tops.words[0], tops.words[i]);
+    return F == Dtype::f32 ? tops.words[0] : max(top(tops, 0), top(tops, 1));
   }
 
  private:
@@ -62,10 +60,10 @@ struct Floats {
     }
   }
   __device__ static uint32_t top(const Tops& tops, int i) { return __float_as_uint(tops.values[i]); }
-  __device__ static uint32_t amax(const Held& x) {
+  __device__ static uint32_t amax(const Tops& tops) {
     uint32_t best = 0;
 #pragma unroll
-    for (int i = 0; i < N; ++i) best = max(best, __float_as_uint(x.values[i]) & 0x7fffffffu);
+    for (int i = 0; i < N; ++i) best = max(best, top(tops, i));
     return best;
   }
 };
