@@ -1,6 +1,8 @@
 // Rows to where their slots went: a token's row is read once and written to all its places; the rows between an
-// expert's last and the next multiple of the alignment become zero. FP8 rows and their scales are moved by one launch.
+// expert's last and the next multiple of the alignment become zero. FP8 rows and their scales are moved by one launch,
+// which reads rows while permute_sort still runs.
 #include "cuda/kernels/elements.cuh"
+#include "cuda/kernels/overlap.cuh"
 #include "cuda/kernels/permute_parameters.h"
 
 namespace moekern::cuda {
@@ -26,6 +28,7 @@ __device__ inline void copy(const MoveParameters& p, const Moved& m, uint32_t to
   for (int i = 0; i < kMovePieces; ++i)
     if (columns.first + i * columns.step < columns.end)
       x[i] = unit<const Unit>(m.from, token, columns.first + i * columns.step);
+  wait_for_launch_ahead();
   for (uint32_t slot = 0; slot < p.topk; ++slot) {
     const int32_t row = *reinterpret_cast<const int32_t*>(at(p.inverse, token, slot));
     if (row < 0 || row >= p.rows) continue;
@@ -38,6 +41,7 @@ __device__ inline void copy(const MoveParameters& p, const Moved& m, uint32_t to
 
 template <class Unit>
 __device__ inline void clear(const MoveParameters& p, const Moved& m, uint32_t expert, const Columns& columns) {
+  wait_for_launch_ahead();
   const int64_t start = *reinterpret_cast<const int64_t*>(at(p.starts, 0, expert));
   const int64_t count = *reinterpret_cast<const int64_t*>(at(p.counts, 0, expert));
   const uint32_t padded = (static_cast<uint32_t>(count) + p.alignment - 1) / p.alignment * p.alignment;

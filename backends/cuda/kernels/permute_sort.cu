@@ -4,6 +4,7 @@
 // blocks, of the block's earlier warps, and of the warp's own earlier slots. Counters are in shared memory, a set for
 // every warp; blocks read each other's sums there. Nothing is atomic, and global memory holds no counters.
 #include "cuda/kernels/elements.cuh"
+#include "cuda/kernels/overlap.cuh"
 #include "cuda/kernels/permute_parameters.h"
 #include "cuda/kernels/ptx.cuh"
 
@@ -89,6 +90,7 @@ __device__ inline uint32_t scan_block(uint32_t x, uint32_t* of_warps, uint32_t* 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(kSortWarps * 32) permute_sort(const __grid_constant__ SortParameters p) {
+  let_next_begin();
   extern __shared__ uint32_t shared[];
   __shared__ uint32_t of_block[kBins], bases[kBins], of_warps[kSortWarps];
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;

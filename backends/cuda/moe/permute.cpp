@@ -1,4 +1,5 @@
-// Two launches: kernels/permute_sort.cu says where every slot's row goes, kernels/permute.cu moves the rows.
+// Two launches: kernels/permute_sort.cu says where every slot's row goes, kernels/permute.cu moves the rows,
+// and begins before the first has ended.
 #include "cuda/moe/permute.h"
 
 #include <algorithm>
@@ -94,7 +95,13 @@ void permute(const PermuteProblem& p) {
   parameters.topk = static_cast<uint32_t>(p.ids.cols);
   parameters.rows = static_cast<uint32_t>(p.out.rows);
   parameters.alignment = alignment_of(p);
-  launch({"permute_rows", {parameters.data.blocks + parameters.scales.blocks, 1, 1}, kMoveThreads, 1, 0, &parameters},
+  launch({"permute_rows",
+          {parameters.data.blocks + parameters.scales.blocks, 1, 1},
+          kMoveThreads,
+          1,
+          0,
+          &parameters,
+          true},
          p.stream);
 }
 
