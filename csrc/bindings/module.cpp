@@ -71,6 +71,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def("connect", &connect);
   m.def("uses_exchange_table", [] { return runtime().exchange != nullptr; });
+  bind_choices();
   bind_gemm(m);
   bind_grouped(m);
   bind_casts(m);

@@ -125,6 +125,7 @@ void bind_grouped(py::module_& m);
 void bind_casts(py::module_& m);
 void bind_experts(py::module_& m);
 void bind_routing(py::module_& m);
+void bind_choices();
 void gemm_rows(const Backend& backend, KernelRows& rows);
 void grouped_rows(const Backend& backend, KernelRows& rows);
 void cast_rows(const Backend& backend, KernelRows& rows);
