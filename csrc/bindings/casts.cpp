@@ -66,10 +66,10 @@ CastProblem cast_problem(const char* op, py::handle x, py::handle q, int* device
   return p;
 }
 
-void run_cast(const Routine<CastProblem>& routine, CastProblem p, py::handle like, int device) {
+void run_cast(const Routine<CastProblem>& routine, CastProblem p, int device) {
   if (p.q.rows == 0 || p.q.cols == 0) return;
   p.threads = threads_for(p.q.rows * p.q.cols * 2);
-  run_routine(routine, p, like, device);
+  run_routine(routine, p, device);
 }
 
 }  // namespace
@@ -85,7 +85,7 @@ void cast_rows(const Backend& backend, KernelRows& rows) {
         int device;
         CastProblem p = cast_problem(op, x, out, &device);
         p.round_scale_up = round_scale_up;
-        run_cast(*routine, p, out, device);
+        run_cast(*routine, p, device);
       };
       const auto refuses = [op = name, routine = routine](py::handle x, py::handle, bool, py::handle out) {
         int device;
@@ -96,7 +96,7 @@ void cast_rows(const Backend& backend, KernelRows& rows) {
     const auto run = [&k](py::handle x, py::handle out, py::handle) {
       int device;
       const CastProblem p = cast_problem(kDequantize, out, x, &device);
-      run_cast(k.dequantize, p, out, device);
+      run_cast(k.dequantize, p, device);
     };
     const auto refuses = [&k](py::handle x, py::handle out, py::handle) {
       int device;

@@ -184,19 +184,21 @@ void run_experts(const ExpertsKernel& kernel, const py::tuple& call) {
   int device;
   ExpertsProblem p = problem_with_output(call, &device);
   if (p.out.rows == 0 || p.out.cols == 0) return;
-  Routine<ExpertsProblem> routine = kernel.experts;
+  const int64_t bytes = p.workspace || kernel.needs_workspace ? kernel.workspace_bytes(p) : 0;
+  py::object memory;  // queued work may still use it when it is freed: whoever has it next does so behind that
   if (p.workspace) {
-    const int64_t bytes = kernel.workspace_bytes(p);
     check(p.workspace.cols >= bytes, kExperts, ": workspace has ", p.workspace.cols, " bytes; ", kernel.name, " needs ",
           bytes);
-    routine.scratch_bytes = nullptr;
+  } else if (bytes) {
+    memory = allocate(call[kOut], device, {bytes}, Dtype::u8);
+    p.workspace = matrix(kExperts, "workspace", memory, device, 1);
   }
   const auto weights = [&](const Expert& e) { return 3 * e.gate.count * p.hidden(); };
   const int64_t slots = p.tokens() * p.top_k(), hit = std::min(slots, p.num_experts);
   int64_t work = hit * weights(p.experts[0]) * (1 + slots / std::max<int64_t>(4 * hit, 1));
   if (p.num_shared) work += p.num_shared * weights(p.shared[0]) * (1 + p.tokens() / 4);
   p.threads = threads_for(work);
-  run_routine(routine, p, call[kOut], device);
+  run_routine(kernel.experts, p, device);
 }
 
 }  // namespace

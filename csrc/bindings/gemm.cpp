@@ -81,7 +81,7 @@ void run_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c
   prepared.operands = {};
   if (p.m() == 0 || p.n() == 0) return;
   p.threads = threads_for(p.n() * std::max<int64_t>(p.k(), 1) * (1 + p.m() / 4));
-  run_routine(kernel.gemm, p, out, device);
+  run_routine(kernel.gemm, p, device);
 }
 
 py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias,

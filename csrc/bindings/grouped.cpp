@@ -442,7 +442,7 @@ bool nothing_to_do(const GroupedGemmProblem& p) {
   return p.groups ? p.count == 0 : p.there.count == 0 || p.shared.out.rows == 0 || p.shared.out.cols == 0;
 }
 
-void run_grouped(const Routine<GroupedGemmProblem>& routine, const GroupedGemmProblem& problem, py::handle out) {
+void run_grouped(const Routine<GroupedGemmProblem>& routine, const GroupedGemmProblem& problem) {
   GroupedGemmProblem p = problem;
   current.operands = {};
   if (nothing_to_do(p)) return;
@@ -450,7 +450,7 @@ void run_grouped(const Routine<GroupedGemmProblem>& routine, const GroupedGemmPr
   for (int64_t g = 0; g < p.count; ++g)
     work += p.shared.n() * std::max<int64_t>(p.groups[g].k, 1) * (1 + p.groups[g].m / 4);
   p.threads = threads_for(work);
-  run_routine(routine, p, out, current.device);
+  run_routine(routine, p, current.device);
 }
 
 py::object refuse_grouped(const Routine<GroupedGemmProblem>& routine, const GroupedGemmProblem& problem) {
@@ -466,7 +466,7 @@ void grouped_rows(const Backend& backend, KernelRows& rows) {
       add_row(
           rows, op, k.name, needs, k.m_grouped,
           [&k, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
-            run_grouped(k.m_grouped, m_grouped_problem(op, a, b, layout, out), out);
+            run_grouped(k.m_grouped, m_grouped_problem(op, a, b, layout, out));
           },
           [&k, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
             return refuse_grouped(k.m_grouped, m_grouped_problem(op, a, b, layout, out));
@@ -474,7 +474,7 @@ void grouped_rows(const Backend& backend, KernelRows& rows) {
     add_row(
         rows, kKGrouped, k.name, needs, k.k_grouped,
         [&k](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out, py::handle) {
-          run_grouped(k.k_grouped, k_grouped_problem(a, b, layout, c, out), out);
+          run_grouped(k.k_grouped, k_grouped_problem(a, b, layout, c, out));
         },
         [&k](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out, py::handle) {
           return refuse_grouped(k.k_grouped, k_grouped_problem(a, b, layout, c, out));

@@ -51,17 +51,15 @@ constexpr int64_t kGateWork = 16;
 struct GateCall {
   GateProblem problem;
   int device;
-  py::object ids;
 
   GateCall(py::handle logits, int64_t topk, const std::string& scoring, py::handle correction_bias, int64_t groups,
            int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value, const py::tuple& out)
-      : problem(gate_problem(logits, topk, scoring == "sigmoid", correction_bias, groups, kept_groups, &device)),
-        ids(out[1]) {
+      : problem(gate_problem(logits, topk, scoring == "sigmoid", correction_bias, groups, kept_groups, &device)) {
     problem.renormalize = renormalize;
     problem.routed_scaling_factor = routed_scaling_factor;
     problem.mask_value = mask_value;
     problem.weights = view(kGate, "out.weights", out[0]).matrix;
-    problem.ids = view(kGate, "out.ids", ids).matrix;
+    problem.ids = view(kGate, "out.ids", out[1]).matrix;
   }
 };
 
@@ -69,7 +67,7 @@ void run_gate(const RoutingKernel& kernel, GateCall call) {
   GateProblem& p = call.problem;
   if (p.logits.rows == 0) return;
   p.threads = threads_for(p.logits.rows * p.logits.cols * kGateWork);
-  run_routine(kernel.gate, p, call.ids, call.device);
+  run_routine(kernel.gate, p, call.device);
 }
 
 // ---- permute -----------------------------------------------------------------------------------------
@@ -152,7 +150,7 @@ void run_permute(const RoutingKernel& kernel, py::handle x, py::handle ids, int6
   int device;
   PermuteProblem p = permute_problem(x, ids, alignment, expert_map, out, &device);
   p.threads = threads_for(p.ids.rows * p.ids.cols * p.x.cols * size_of(p.x.dtype));
-  run_routine(kernel.permute, p, ids, device);
+  run_routine(kernel.permute, p, device);
 }
 
 // ---- unpermute ---------------------------------------------------------------------------------------
@@ -197,7 +195,7 @@ void run_unpermute(const RoutingKernel& kernel, py::handle y, py::handle inverse
   UnpermuteProblem p = unpermute_problem(y, inverse, weights, out, &device);
   if (p.out.rows == 0 || p.out.cols == 0) return;
   p.threads = threads_for(p.out.rows * p.out.cols * (p.inverse.cols * size_of(p.y.dtype) + 4));
-  run_routine(kernel.unpermute, p, out, device);
+  run_routine(kernel.unpermute, p, device);
 }
 
 }  // namespace

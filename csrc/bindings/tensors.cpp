@@ -187,13 +187,6 @@ Stream stream_on(int device) {
   return s;
 }
 
-py::object scratch_of(int64_t bytes, py::handle like, int device, char** address) {
-  if (!bytes) return py::object();
-  py::object memory = allocate(like, device, {bytes}, Dtype::u8);
-  *address = view("scratch", "memory", memory, 1).matrix.data;
-  return memory;
-}
-
 bool is_scaled(py::handle object) {
   return Py_TYPE(object.ptr()) == reinterpret_cast<PyTypeObject*>(runtime().scaled_tensor.ptr());
 }

@@ -93,16 +93,10 @@ py::object refusal(const Routine<P>& routine, const P& p) {
   return reason ? py::object(py::str(reason)) : py::object(py::none());
 }
 
-// Memory for one call, in that of the operands. A stream may still use it when it is freed: whoever has it next uses it
-// behind that.
-py::object scratch_of(int64_t bytes, py::handle like, int device, char** address);
-
-// Runs a checked problem on the device of its operands, of which `like` is one.
+// Runs a checked problem on the device of its operands.
 template <class P>
-void run_routine(const Routine<P>& routine, P& p, py::handle like, int device) {
+void run_routine(const Routine<P>& routine, P& p, int device) {
   p.stream = stream_on(device);
-  const py::object scratch =
-      routine.scratch_bytes ? scratch_of(routine.scratch_bytes(p), like, device, &p.scratch) : py::object();
   py::gil_scoped_release release;
   routine.run(p);
 }
@@ -112,8 +106,8 @@ void run_routine(const Routine<P>& routine, P& p, py::handle like, int device) {
 using KernelRows = std::map<std::string, py::list>;
 
 template <class P, class Run, class Refuses>
-void add_row(KernelRows& rows, const char* op, const char* name, const py::object& needs, const Routine<P>& routine, Run run,
-             Refuses refuses, const py::object& workspace = py::none()) {
+void add_row(KernelRows& rows, const char* op, const char* name, const py::object& needs, const Routine<P>& routine,
+             Run run, Refuses refuses, const py::object& workspace = py::none()) {
   if (!routine.run) return;
   const py::object reason = routine.refuses ? py::object(py::cpp_function(refuses)) : py::object(py::none());
   rows[op].append(py::make_tuple(name, needs, py::cpp_function(run), reason, workspace));

@@ -17,9 +17,8 @@ struct Stream {
 
 // What a call has besides its operands.
 struct Problem {
-  int threads = 1;          // of the CPU
-  Stream stream;            // of an accelerator
-  char* scratch = nullptr;  // as many bytes as the routine asked for, in the operands' memory
+  int threads = 1;  // of the CPU
+  Stream stream;    // of an accelerator
 };
 
 // out = cast(c + bias + (a . sa) (b . sb)^T), accumulated in f32 or better.
@@ -171,7 +170,6 @@ template <class P>
 struct Routine {
   void (*run)(const P&) = nullptr;  // null: the kernel has no such op
   const char* (*refuses)(const P&) = nullptr;
-  int64_t (*scratch_bytes)(const P&) = nullptr;  // null: none
 };
 
 struct GemmKernel {
@@ -203,8 +201,9 @@ struct RoutingKernel {
 struct ExpertsKernel {
   const char* name;
   uint64_t needs;
-  Routine<ExpertsProblem> experts;                    // asked for scratch only where the caller gives no workspace
+  Routine<ExpertsProblem> experts;
   int64_t (*workspace_bytes)(const ExpertsProblem&);  // for any values of operands of these shapes
+  bool needs_workspace = false;                       // has no memory of its own: whoever calls allocates it
 };
 
 // One stream, one with software prefetch, two streams: which is fastest depends on the machine, and on
