@@ -285,10 +285,24 @@ Handler carry_handler(bool subtract, bool use, bool set) {
 
 int bytes_of(const std::string& type) { return static_cast<int>(ptx::type_bytes(type)); }
 
+// Two 16-bit integers in a register.
+template <template <typename> class M, typename T>
+Status pairs(Warp& w, const Instruction& i, uint32_t lanes) {
+  const uint32_t *a = w.lanes<uint32_t>(i.a), *b = w.lanes<uint32_t>(i.b);
+  each(lanes, w.lanes<uint32_t>(i.d), [=](int l) {
+    const M<T> f;
+    const uint32_t low = lane<T>(f(static_cast<T>(a[l]), static_cast<T>(b[l])));
+    return low | lane<T>(f(static_cast<T>(a[l] >> 16), static_cast<T>(b[l] >> 16))) << 16;
+  });
+  return Status::next;
+}
+
 template <template <typename> class M>
 bool two(Resolver& r) {
   const std::string t = r.types();
   if (is_floating(t)) return resolve_floating(r);
+  if (t == "u16x2") return operands(r, pairs<M, uint16_t>, 1, {4, 4});
+  if (t == "s16x2") return operands(r, pairs<M, int16_t>, 1, {4, 4});
   return operands(r, by_integer<M>(t), 1, {bytes_of(t), bytes_of(t)});
 }
 template <template <typename> class M>
@@ -351,9 +365,11 @@ Status predicates(Warp& w, const Instruction& i, uint32_t lanes) {
 }
 template <template <typename> class M, char op>
 bool logic(Resolver& r) {
-  if (r.types() == "pred")
-    return op == '!' ? operands(r, predicates<op>, 1, {0}) : operands(r, predicates<op>, 1, {0, 0});
-  return op == '!' ? one<M>(r) : two<M>(r);
+  if constexpr (op == '!') {
+    return r.types() == "pred" ? operands(r, predicates<op>, 1, {0}) : one<M>(r);
+  } else {
+    return r.types() == "pred" ? operands(r, predicates<op>, 1, {0, 0}) : two<M>(r);
+  }
 }
 template <template <typename> class M>
 bool shift(Resolver& r) {

@@ -37,8 +37,6 @@ const double* table_of(Multiplicand type) {
   }
 }
 
-int bytes_of(Multiplicand type) { return table_of(type) ? 1 : type == Multiplicand::tf32 ? 4 : 2; }
-
 // The elements of 16 bytes.
 int decode_unit(const uint8_t* bytes, Multiplicand type, double* out) {
   if (const double* table = table_of(type)) {
@@ -98,7 +96,7 @@ void fetch(const Cta& cta, const Tile& tile, Multiplicand type, const char* oper
 // the second half of k for r of 2 and 3.
 void fetch_registers(const Product& p, Operands& o) {
   const Multiplicand type = p.shape->a;
-  const int each = 4 / bytes_of(type);
+  const int each = 4 / multiplicand_bytes(type);
   for (int w = 0; w < 4; ++w)
     for (int r = 0; r < 4; ++r) {
       const uint32_t* lanes = p.warps[w]->lanes<uint32_t>(p.instruction->list[p.shape->results() + r]);
@@ -202,6 +200,16 @@ void slowly(const Product& p, const Operands& o, Accumulation accumulation) {
 
 }  // namespace
 
+int multiplicand_bytes(Multiplicand type) { return table_of(type) ? 1 : type == Multiplicand::tf32 ? 4 : 2; }
+
+void decode_word(uint32_t word, Multiplicand type, double* out) {
+  uint8_t bytes[16] = {};
+  double values[16];
+  std::memcpy(bytes, &word, 4);
+  decode_unit(bytes, type, values);
+  std::memcpy(out, values, sizeof(double) * 4 / static_cast<size_t>(multiplicand_bytes(type)));
+}
+
 Tile tile_of(uint64_t d, bool along_k, int extent, int element_bytes) {
   Tile t;
   t.start = static_cast<uint32_t>(d & 0x3fff) << 4;
@@ -237,10 +245,10 @@ void multiply(Cta& cta, const Product& p) {
   if (s.a_in_registers) {
     fetch_registers(p, o);
   } else {
-    fetch(cta, tile_of(p.a, !s.a_transposed, 64, bytes_of(s.a)), s.a, "a",
+    fetch(cta, tile_of(p.a, !s.a_transposed, 64, multiplicand_bytes(s.a)), s.a, "a",
           [](int m, int k, double v) { o.a[m][k] = v; });
   }
-  fetch(cta, tile_of(p.b, !s.b_transposed, s.n, bytes_of(s.b)), s.b, "b",
+  fetch(cta, tile_of(p.b, !s.b_transposed, s.n, multiplicand_bytes(s.b)), s.b, "b",
         [=](int n, int k, double v) { o.b[k][column_place(n)] = v * b_sign; });
   if (s.a_negated)
     for (auto& row : o.a)

@@ -8,10 +8,6 @@
 namespace moekern::emulator {
 namespace {
 
-int bytes_of(Multiplicand type) {
-  return type == Multiplicand::tf32 ? 4 : type == Multiplicand::f16 || type == Multiplicand::bf16 ? 2 : 1;
-}
-
 std::string register_name(const Instruction& i, size_t n) {
   size_t at = 0;
   for (const ptx::Operand& o : i.statement->operands) {
@@ -25,7 +21,7 @@ std::string register_name(const Instruction& i, size_t n) {
 // What the instruction reads of shared memory, as far as can be told when it is issued.
 void check_operand(Warp& w, uint64_t descriptor, bool along_k, int extent, Multiplicand type, const char* name,
                    int first_row, int rows) {
-  const Tile tile = tile_of(descriptor, along_k, extent, bytes_of(type));
+  const Tile tile = tile_of(descriptor, along_k, extent, multiplicand_bytes(type));
   const bool part = along_k && rows < tile.rows;
   for (int row = part ? first_row : 0; row < (part ? first_row + rows : tile.rows); ++row)
     for (int unit = 0; unit < tile.units; ++unit) {
@@ -157,17 +153,6 @@ Status wait(Warp& w, const Instruction& i, uint32_t) {
   return Status::next;
 }
 
-bool multiplicand(const std::string& t, Multiplicand& m) {
-  static const std::map<std::string, Multiplicand> types{{"e4m3", Multiplicand::e4m3}, {"e5m2", Multiplicand::e5m2},
-                                                         {"f16", Multiplicand::f16},   {"bf16", Multiplicand::bf16},
-                                                         {"tf32", Multiplicand::tf32}, {"s8", Multiplicand::s8},
-                                                         {"u8", Multiplicand::u8}};
-  const auto found = types.find(t);
-  if (found == types.end()) return false;
-  m = found->second;
-  return true;
-}
-
 bool wgmma(Resolver& r) {
   r.i.converged = true;
   r.ignore({"sync", "aligned"});
@@ -184,8 +169,8 @@ bool wgmma(Resolver& r) {
   const bool saturates = r.has("satfinite");
   if (saturates) return false;
   s.result = o[5] == "f32" ? ProductShape::f32 : o[5] == "f16" ? ProductShape::f16 : ProductShape::s32;
-  if (!multiplicand(o[6], s.a) || !multiplicand(o[7], s.b)) return false;
-  if (s.k != 32 / bytes_of(s.a) || bytes_of(s.a) != bytes_of(s.b)) return false;
+  if (!multiplicand_of(o[6], s.a) || !multiplicand_of(o[7], s.b)) return false;
+  if (s.k != 32 / multiplicand_bytes(s.a) || multiplicand_bytes(s.a) != multiplicand_bytes(s.b)) return false;
   for (size_t n = 4; n < 8; ++n) r.has(o[n]);
   const ptx::Operand &d = r.operand(0), &a = r.operand(1);
   s.a_in_registers = a.kind == ptx::Operand::vector;
@@ -216,13 +201,24 @@ bool wgmma(Resolver& r) {
   if (scales && r.operands() > n && r.immediate(n++, value)) s.b_negated = value == -1;
   if (r.operands() > n && !s.a_in_registers && r.immediate(n++, value)) s.a_transposed = value == 1;
   if (r.operands() > n && r.immediate(n++, value)) s.b_transposed = value == 1;
-  if ((s.a_transposed || s.b_transposed) && bytes_of(s.a) != 2) return false;
+  if ((s.a_transposed || s.b_transposed) && multiplicand_bytes(s.a) != 2) return false;
   r.extra(s);
   r.i.run = issue;
   return n == r.operands();
 }
 
 }  // namespace
+
+bool multiplicand_of(const std::string& t, Multiplicand& m) {
+  static const std::map<std::string, Multiplicand> types{{"e4m3", Multiplicand::e4m3}, {"e5m2", Multiplicand::e5m2},
+                                                         {"f16", Multiplicand::f16},   {"bf16", Multiplicand::bf16},
+                                                         {"tf32", Multiplicand::tf32}, {"s8", Multiplicand::s8},
+                                                         {"u8", Multiplicand::u8}};
+  const auto found = types.find(t);
+  if (found == types.end()) return false;
+  m = found->second;
+  return true;
+}
 
 void add_products(Table& t) { t["wgmma"] = wgmma; }
 

@@ -8,6 +8,10 @@ namespace moekern::emulator {
 
 enum class Multiplicand : uint8_t { e4m3, e5m2, f16, bf16, tf32, s8, u8 };
 
+bool multiplicand_of(const std::string& type, Multiplicand& m);
+int multiplicand_bytes(Multiplicand m);
+void decode_word(uint32_t word, Multiplicand type, double* out);  // the elements of a register
+
 struct ProductShape {
   int n = 0, k = 0;
   Multiplicand a, b;

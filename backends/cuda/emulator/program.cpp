@@ -21,6 +21,7 @@ const Table& table() {
     add_copies(t);
     add_products(t);
     add_fragments(t);
+    add_tensor_map_edits(t);
     return t;
   }();
   return all;

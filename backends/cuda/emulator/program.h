@@ -165,6 +165,7 @@ void add_mbarriers(Table&);
 void add_copies(Table&);
 void add_products(Table&);
 void add_fragments(Table&);
+void add_tensor_map_edits(Table&);
 
 Status unknown_instruction(Warp&, const Instruction&, uint32_t);
 
