@@ -1,5 +1,6 @@
 // The rows of this backend for csrc/bindings/, best first.
 #include "cuda/driver.h"
+#include "cuda/gemm/dense.h"
 #include "cuda/modules.h"
 #include "cuda/moe/gate.h"
 #include "cuda/moe/permute.h"
@@ -12,6 +13,9 @@ namespace {
 constexpr uint64_t kHopper = 1;  // sm_90, and a driver that can run these kernels: backends/cuda/__init__.py probes it
 
 constexpr Feature kFeatures[] = {{kHopper, "hopper"}};
+
+constexpr GemmKernel kGemm[] = {{"cuda.hopper_stream", kHopper, {gemm_stream, gemm_stream_refuses}},
+                                {"cuda.hopper", kHopper, {gemm, gemm_refuses}}};
 
 constexpr CastKernel kCast[] = {{"cuda.hopper",
                                  kHopper,
@@ -31,8 +35,8 @@ constexpr Table<Row> table(const Row (&rows)[N]) {
 
 const Backend& backend() {
   static const DriverKernels driver{modules(), use_driver, why_no_driver};
-  static const Backend instance{{},      {},      table(kCast), table(kRouting), {}, {}, table(kFeatures),
-                                nullptr, nullptr, &driver};
+  static const Backend instance{table(kGemm),     {},      table(kCast), table(kRouting), {}, {},
+                                table(kFeatures), nullptr, nullptr,      &driver};
   return instance;
 }
 

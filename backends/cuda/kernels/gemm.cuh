@@ -4,29 +4,20 @@
 // both scales
 // ("promotion"): while one group does that, the other's wgmmas run.
 //
-// Registers: 65536 / 384 threads gives 168 to each at launch. The loaders keep 40, so that the two others can have
-// (65536 - 128 * 40) / 256 = 236, rounded down to a multiple of 8: 232.
+// Registers: 65536 / 384 threads gives 168 to each at launch. The loaders keep 48, so that the two others can have
+// (65536 - 128 * 48) / 256 = 232.
 #pragma once
+#include "cuda/kernels/loading.cuh"
 #include "cuda/kernels/store.cuh"
 
 namespace moekern::cuda {
 
-constexpr int kLoaderRegisters = 40, kMathRegisters = 232;
-
-// A position in the ring. The first time round, stages are empty, as if a phase of parity 1 had ended.
-template <int kStages>
-struct Position {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
+constexpr int kLoaderRegisters = 48, kMathRegisters = 232;
 
 // Shared memory by its addresses.
-template <int kRows, int kColumns>
+template <int kTileRows, int kTileColumns>
 struct GemmMemory {
+  static constexpr int kRows = kTileRows, kColumns = kTileColumns;
   static constexpr int kStages = stages_of(kRows, kColumns);
   static constexpr int kA = kRows * kStep, kB = kColumns * kStep;
   static_assert(kStages >= 3 && gemm_shared_bytes(kRows, kColumns) <= kSharedBytes);
@@ -43,78 +34,6 @@ struct GemmMemory {
   __device__ uint32_t full(int stage) const { return scales(kStages) + stage * 8; }
   __device__ uint32_t empty(int stage) const { return full(kStages) + stage * 8; }
 };
-
-// One warp; one lane asks.
-template <int kRows, int kColumns, class Tiles>
-__device__ inline void load_tiles(const GemmParameters& p, const GemmMemory<kRows, kColumns>& memory) {
-  using Memory = GemmMemory<kRows, kColumns>;
-  const int steps = divide_up(p.k, kStep);
-  const bool elected = threadIdx.x % 32 == 0;
-  const int rank = p.shared ? static_cast<int>(cluster_rank()) : 0;
-  Position<Memory::kStages> at;
-  Tiles tiles(p);
-  for (Tile tile; tiles.next(tile);) {
-    if (elected) {
-      for (int s = 0; s < steps; ++s, at.advance()) {
-        const uint32_t full = memory.full(at.stage);
-        mbarrier_wait(memory.empty(at.stage), at.parity ^ 1);
-        mbarrier_arrive_expect_tx(full, Memory::kA + Memory::kB);
-        if (p.shared == 1)
-          tma_load_multicast(memory.a(at.stage) + rank * (Memory::kA / 2), &p.a_map, full, 3, s * kStep,
-                             tile.row + rank * (kRows / 2), tile.slot);
-        else
-          tma_load(memory.a(at.stage), &p.a_map, full, s * kStep, tile.row, tile.slot);
-        if (p.shared == 2)
-          tma_load_multicast(memory.b(at.stage) + rank * (Memory::kB / 2), &p.b_map, full, 3, s * kStep,
-                             tile.column + rank * (kColumns / 2), tile.group);
-        else
-          tma_load(memory.b(at.stage), &p.b_map, full, s * kStep, tile.column, tile.group);
-      }
-    }
-    __syncwarp();
-  }
-}
-
-// A scale to shared memory, converted if need be.
-__device__ inline void copy_scale(uint32_t to, const Scales& s, int64_t i) {
-  if (s.ue8m0)
-    store_shared(to, scale_at(s, i));
-  else
-    cp_async_4(to, static_cast<const float*>(s.values) + i);
-}
-
-// A warp for every 128 rows, four a lane; of the first, a lane has those of a granule of b. They lie at any strides, so
-// that no TMA copy would do for all of them; a warp has time for it.
-template <int kRows, int kColumns, class Tiles>
-__device__ inline void load_scales(const GemmParameters& p, const GemmMemory<kRows, kColumns>& memory, int first) {
-  using Memory = GemmMemory<kRows, kColumns>;
-  constexpr int kGranules = kColumns / granule(kColumns);
-  const int steps = divide_up(p.k, kStep), lane = threadIdx.x % 32;
-  Position<Memory::kStages> at;
-  Tiles tiles(p);
-  for (Tile tile; tiles.next(tile);) {
-    // rows behind the last one have its scale, and are not stored
-    int64_t of_a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      of_a[i] = scale_row(p.sa, tile.slot, max(min(tile.row + first + lane + 32 * i, p.rows - 1), 0));
-    const int64_t of_b = scale_row(p.sb, tile.group, min(tile.column + lane % kGranules * granule(kColumns), p.n - 1));
-    for (int s = 0; s < steps; ++s, at.advance()) {
-      const uint32_t full = memory.full(at.stage), scales = memory.scales(at.stage);
-      mbarrier_wait_warp(memory.empty(at.stage), at.parity ^ 1);
-      const int64_t step_a = s / p.sa.steps * p.sa.step_stride, step_b = s / p.sb.steps * p.sb.step_stride;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) copy_scale(scales + (first + lane + 32 * i) * 4, p.sa, of_a[i] + step_a);
-      if (first == 0 && lane < kGranules) copy_scale(scales + (kRows + lane) * 4, p.sb, of_b + step_b);
-      if (p.sa.ue8m0 || p.sb.ue8m0) {
-        cp_async_wait();
-        mbarrier_arrive(full);
-      } else {
-        cp_async_mbarrier_arrive(full);
-      }
-    }
-  }
-}
 
 // One of the two warp groups that multiply.
 template <int kRows, int kColumns, class Tiles, bool kClipped>
@@ -184,8 +103,10 @@ __device__ inline void gemm(const GemmParameters& p) {
   const Memory memory{uniform(shared_address(shared))};
   const int warp = static_cast<int>(uniform(threadIdx.x / 32));
   if (threadIdx.x == 0) {
-    prefetch_tensor_map(&p.a_map);
-    prefetch_tensor_map(&p.b_map);
+    if (p.k > 0) {
+      prefetch_tensor_map(&p.a_map);
+      prefetch_tensor_map(&p.b_map);
+    }
     for (int i = 0; i < Memory::kStages; ++i) {
       mbarrier_init(memory.full(i), 1 + kRows / 4);  // bytes announced; lanes with scales
       mbarrier_init(memory.empty(i), kMathWarps * (p.shared ? 2 : 1));
@@ -198,9 +119,10 @@ __device__ inline void gemm(const GemmParameters& p) {
     __syncthreads();
   if (warp >= kMathWarps) {
     setmaxnreg_dec<kLoaderRegisters>();
-    if (warp == kMathWarps) load_tiles<kRows, kColumns, Tiles>(p, memory);
+    const Steps all{0, divide_up(p.k, kStep)};
+    if (warp == kMathWarps) load_tiles<Memory, Tiles>(p, memory, all);
     const int scale_warp = warp - kMathWarps - 1;
-    if (scale_warp >= 0 && scale_warp < kRows / 128) load_scales<kRows, kColumns, Tiles>(p, memory, 128 * scale_warp);
+    if (scale_warp >= 0 && scale_warp < kRows / 128) load_scales<Memory, Tiles>(p, memory, all, 128 * scale_warp);
   } else {
     setmaxnreg_inc<kMathRegisters>();
     multiply_tiles<kRows, kColumns, Tiles, kClipped>(p, memory, warp);

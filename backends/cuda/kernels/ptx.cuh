@@ -51,6 +51,11 @@ __device__ inline void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same, handing what this thread has seen written over to whoever waits with mbarrier_wait_cluster.
+__device__ inline void mbarrier_release_cluster(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 __device__ inline void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -179,6 +184,10 @@ __device__ inline float load_shared(uint32_t address) {
   return x;
 }
 
+__device__ inline void load_shared(uint32_t address, float& x, float& y) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
+}
+
 __device__ inline void load_shared(uint32_t address, float& x, float& y, float& z, float& w) {
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(x), "=f"(y), "=f"(z), "=f"(w)
@@ -203,7 +212,7 @@ __device__ inline void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uin
                : "memory");
 }
 
-// Transposed as matrices of 16-bit elements: lane l gets, of column l / 4, the elements of rows 2 (l % 4) and + 1.
+// Transposed as matrices of 16-bit elements: lane l gets, of elements l / 4, those of rows 2 (l % 4) and + 1.
 __device__ inline void ldmatrix_x4_trans(uint32_t address, uint32_t (&x)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -272,6 +281,18 @@ MOEKERN_WGMMA(160, MOEKERN_R80, "%80", "%81", "%82", MOEKERN_F32(0), MOEKERN_F32
 MOEKERN_WGMMA(192, MOEKERN_R96, "%96", "%97", "%98", MOEKERN_F32(0), MOEKERN_F32(32), MOEKERN_F32(64))
 
 #undef MOEKERN_WGMMA
+
+// The same of 128 columns, with a in registers: of warp w's 16 rows, lane l has bytes 4 (l % 4) .. + 3 of row l / 4 in
+// a[0] and of row l / 4 + 8 in a[1]; in a[2] and a[3] the bytes 16 further on.
+template <bool kAdd>
+__device__ inline void wgmma_registers(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" MOEKERN_R64
+      "}, {%64, %65, %66, %67}, %68, add, 1, 1;\n}"
+      : MOEKERN_F32(0), MOEKERN_F32(32)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int{kAdd}));
+}
 
 // sums = a [64, 128] b [kColumns, 128]^T, of `descriptor`s.
 template <int kColumns>

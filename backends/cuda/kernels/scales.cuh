@@ -44,28 +44,36 @@ __device__ inline float e4m3(uint32_t code) {
 
 __device__ inline bool finite(float x) { return fabsf(x) < __uint_as_float(0x7F800000u); }
 
+// The product of both scales of a step.
+struct ScalesAt {
+  const Scales &a, &b;
+  int64_t row_a, row_b;
+
+  __device__ double operator()(int step) const {
+    return static_cast<double>(scale_at(a, row_a + step / a.steps * a.step_stride)) *
+           scale_at(b, row_b + step / b.steps * b.step_stride);
+  }
+};
+
 // A sum that is infinite or NaN in float32, once more in float64 if it may have overflowed on the way: its scales are
 // so large that k products of 448 x 448 < 2^18 could. Otherwise that is what its operands say, and `sum` is right.
 __device__ inline float repaired(const GemmParameters& p, const Tile& tile, int row, int column, float sum) {
-  const int64_t sa = scale_row(p.sa, tile.slot, row), sb = scale_row(p.sb, tile.group, column);
-  const int steps = divide_up(p.k, kStep);
-  float largest = 0;
-  for (int s = 0; s < steps; ++s) {
-    const float scale =
-        scale_at(p.sa, sa + s / p.sa.steps * p.sa.step_stride) * scale_at(p.sb, sb + s / p.sb.steps * p.sb.step_stride);
-    largest = fmaxf(largest, fabsf(scale));
-  }
-  if (largest * static_cast<float>(p.k) < 0x1p109f) return sum;
+  const ScalesAt scale{p.sa, p.sb, scale_row(p.sa, tile.slot, row), scale_row(p.sb, tile.group, column)};
+  const int first = tile.first / kStep, steps = divide_up(tile.k, kStep);
+  double largest = 0;
+  for (int s = 0; s < steps; ++s) largest = fmax(largest, fabs(scale(first + s)));
+  if (largest * tile.k < 0x1p109) return sum;
   const uint8_t* a = p.a.data + tile.slot * p.a.group_stride + row * p.a.row_stride;
   const uint8_t* b = p.b.data + tile.group * p.b.group_stride + column * p.b.row_stride;
   double total = 0;
+#pragma unroll 1
   for (int s = 0; s < steps; ++s) {
-    const int end = min((s + 1) * kStep, p.k);
+    const int from = tile.first + s * kStep, end = min(from + kStep, tile.first + tile.k);
     float part = 0;
-    for (int i = s * kStep; i < end; ++i) part = fmaf(e4m3(a[i]), e4m3(b[i]), part);
-    const double scale = static_cast<double>(scale_at(p.sa, sa + s / p.sa.steps * p.sa.step_stride)) *
-                         scale_at(p.sb, sb + s / p.sb.steps * p.sb.step_stride);
-    total += part * scale;
+#pragma unroll 1
+    for (int64_t i = from; i < end; ++i)
+      part = fmaf(e4m3(a[i * p.a.column_stride]), e4m3(b[i * p.b.column_stride]), part);
+    total += part * scale(first + s);
   }
   return static_cast<float>(total);
 }
@@ -74,7 +82,9 @@ __device__ inline float repaired(const GemmParameters& p, const Tile& tile, int 
 __device__ inline void finish(const GemmParameters& p, const Tile& tile, int row, int column, float sum) {
   if (!finite(sum)) sum = repaired(p, tile, row, column, sum);
   if (p.bias.data) sum += load_float(p.bias.data, column * p.bias.column_stride, p.bias.dtype);
-  if (p.c.data) sum += load_float(p.c.data, row * p.c.row_stride + column * p.c.column_stride, p.c.dtype);
+  if (p.c.data)
+    sum += load_float(p.c.data, tile.slot * p.c.group_stride + row * p.c.row_stride + column * p.c.column_stride,
+                      p.c.dtype);
   const int64_t at = tile.slot * p.out.group_stride + row * p.out.row_stride + column * p.out.column_stride;
   store_float(p.out.data, at, p.out.dtype, sum);
 }

@@ -28,8 +28,14 @@ struct Staged {
   }
 };
 
+// The row of the 16 that fragment row `at` of half i holds: they follow one another, or if kPaired, take turns.
+template <bool kPaired>
+__device__ inline int fragment_row(int at, int i) {
+  return kPaired ? 2 * at + i : at + 8 * i;
+}
+
 // 16-bit results of kColumns columns.
-template <class T, int kColumns>
+template <class T, int kColumns, bool kPaired>
 __device__ inline void stage_halves(uint32_t staging, const float (&sums)[kColumns / 2]) {
   using Layout = Staged<2, piece_columns(kColumns, 2)>;
   const int lane = threadIdx.x % 32;
@@ -37,8 +43,8 @@ __device__ inline void stage_halves(uint32_t staging, const float (&sums)[kColum
   for (int j = 0; j < kColumns / 16; ++j) {
     const float* x = sums + 8 * j;
     T* type = nullptr;
-    stmatrix_x4(staging + Layout::offset(lane % 16, 16 * j + lane / 16 * 8), packed(x[0], x[1], type),
-                packed(x[2], x[3], type), packed(x[4], x[5], type), packed(x[6], x[7], type));
+    stmatrix_x4(staging + Layout::offset(fragment_row<kPaired>(lane % 8, lane / 8 % 2), 16 * j + lane / 16 * 8),
+                packed(x[0], x[1], type), packed(x[2], x[3], type), packed(x[4], x[5], type), packed(x[6], x[7], type));
   }
 }
 
@@ -46,7 +52,7 @@ __device__ inline void stage_halves(uint32_t staging, const float (&sums)[kColum
 template <int kColumns>
 using Staged32 = Staged<4, piece_columns(kColumns, 4)>;
 
-template <int kColumns, int kHalf>
+template <int kColumns, int kHalf, bool kPaired>
 __device__ inline void stage_floats(uint32_t staging, const float (&sums)[kColumns / 2]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -54,7 +60,8 @@ __device__ inline void stage_floats(uint32_t staging, const float (&sums)[kColum
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float* x = sums + 4 * (kHalf * (kColumns / 16) + j) + 2 * i;
-      store_shared(staging + Staged32<kColumns>::offset(lane / 4 + 8 * i, 8 * j + lane % 4 * 2), x[0], x[1]);
+      store_shared(staging + Staged32<kColumns>::offset(fragment_row<kPaired>(lane / 4, i), 8 * j + lane % 4 * 2), x[0],
+                   x[1]);
     }
 }
 
@@ -94,7 +101,7 @@ __device__ inline void store_one_by_one(const GemmParameters& p, uint32_t stagin
 
 // The 16 rows from `row` on of a tile's matrix, of which `rows` are the group's. clipped: the tensor map ends with
 // them.
-template <int kColumns>
+template <int kColumns, bool kPaired = false>
 __device__ inline void store(const GemmParameters& p, uint32_t staging, const Tile& tile, int row, int rows,
                              bool clipped, const float (&sums)[kColumns / 2]) {
   if (rows <= 0) return;
@@ -103,24 +110,24 @@ __device__ inline void store(const GemmParameters& p, uint32_t staging, const Ti
 #pragma unroll
   for (int i = 0; i < kColumns / 2; ++i) usual = usual && finite(sums[i]);
   if (!__all_sync(~0u, usual)) {
-    stage_floats<kColumns, 0>(staging, sums);
+    stage_floats<kColumns, 0, kPaired>(staging, sums);
     store_one_by_one<kColumns>(p, staging, tile, row, rows, tile.column);
-    stage_floats<kColumns, 1>(staging, sums);
+    stage_floats<kColumns, 1, kPaired>(staging, sums);
     store_one_by_one<kColumns>(p, staging, tile, row, rows, tile.column + kColumns / 2);
   } else if (p.out.dtype == Dtype::f32) {
     constexpr int kPiece = piece_columns(kColumns, 4);
-    stage_floats<kColumns, 0>(staging, sums);
+    stage_floats<kColumns, 0, kPaired>(staging, sums);
     store_pieces<kPiece, Staged32<kColumns>::kPieceBytes>(&p.out_map, staging, tile, row, tile.column, kColumns / 2);
     wait_for_stores();
-    stage_floats<kColumns, 1>(staging, sums);
+    stage_floats<kColumns, 1, kPaired>(staging, sums);
     store_pieces<kPiece, Staged32<kColumns>::kPieceBytes>(&p.out_map, staging, tile, row, tile.column + kColumns / 2,
                                                           kColumns / 2);
   } else {
     constexpr int kPiece = piece_columns(kColumns, 2);
     if (p.out.dtype == Dtype::bf16)
-      stage_halves<__nv_bfloat16, kColumns>(staging, sums);
+      stage_halves<__nv_bfloat16, kColumns, kPaired>(staging, sums);
     else
-      stage_halves<__half, kColumns>(staging, sums);
+      stage_halves<__half, kColumns, kPaired>(staging, sums);
     store_pieces<kPiece, Staged<2, kPiece>::kPieceBytes>(&p.out_map, staging, tile, row, tile.column, kColumns);
   }
 }
