@@ -1,9 +1,41 @@
-"""The casts for Hopper: what they compiled to. What they compute, test_kernels and test_casts ask of every kernel."""
+"""The casts for Hopper: what they compute, by the checks that every kernel has to pass, and what they compiled to."""
 
 from __future__ import annotations
 
+import hopper_cases
 import hopper_code
 import pytest
+import test_casts
+import test_kernels
+from executors import Executor
+from hopper_cases import Check
+
+import moekern
+from moekern.scaled import DTYPES
+from moekern.testing import cases
+
+LISTS = [(op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast, 4) for op in test_kernels.CASTS]
+
+
+@pytest.mark.parametrize(("executor", "check", "case"), hopper_cases.problems(LISTS))
+def test_cases(executor: Executor, check: Check, case: cases.Cast) -> None:
+    check(executor, case)
+
+
+@hopper_cases.emulation
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("format", DTYPES)
+def test_every_value(format: str, dtype: str) -> None:
+    test_casts.test_every_value_at_scale_one(hopper_cases.executor_of(moekern.per_token_cast_to_fp8), format, dtype)
+
+
+@hopper_cases.emulation
+@pytest.mark.parametrize("op", [moekern.per_token_cast_to_fp8, moekern.per_channel_cast_to_fp8], ids=lambda op: op.name)
+def test_every_value_beside_a_larger_one(op: moekern.Op) -> None:
+    test_casts.test_every_value_beside_a_larger_one(hopper_cases.executor_of(op), "e4m3fn", "bf16")
+
+
+# ---- machine code
 
 _WARPS = 8
 _INPUTS = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of an element

@@ -89,7 +89,8 @@ __device__ inline uint32_t scan_block(uint32_t x, uint32_t* of_warps, uint32_t* 
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(kSortWarps * 32) permute_sort(const __grid_constant__ SortParameters p) {
+extern "C" __global__ void __launch_bounds__(kSortWarps * 32, 1)
+    permute_sort(const __grid_constant__ SortParameters p) {
   let_next_begin();
   extern __shared__ uint32_t shared[];
   __shared__ uint32_t of_block[kBins], bases[kBins], of_warps[kSortWarps];
