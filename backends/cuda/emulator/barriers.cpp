@@ -10,7 +10,7 @@ bool cluster_barrier(Resolver& r, bool arrive);
 enum : uint32_t { kSync, kArrive, kPopc, kAnd, kOr };
 
 void complete(NamedBarrier& b, Launch& launch) {
-  b.complete = b.clock;
+  join(b.complete, b.clock);  // who is slow may see more than one phase, never less than its own
   b.clock = {};
   b.expected = b.arrived = 0;
   b.result = b.votes;
@@ -124,7 +124,11 @@ Status cluster_arrive(Warp& w, const Instruction& i, uint32_t) {
   if (w.cluster_arrived) throw Fault("barrier.cluster.arrive twice without a wait between them");
   w.cluster_arrived = true;
   w.cluster_phase = b.phase;
-  if (i.mode) release(w, b.clock);
+  if (i.mode) {
+    release(w, b.clock);
+  } else {
+    release_relaxed(w, b.clock);
+  }
   ++b.arrived;
   cluster_complete(*w.cta->cluster, *w.launch);
   return Status::next;
@@ -145,10 +149,13 @@ Status fence_proxy(Warp& w, const Instruction&, uint32_t) {
   fence_async_proxy(w);
   return Status::next;
 }
-Status fence_nothing(Warp&, const Instruction&, uint32_t) { return Status::next; }
+Status fence_release(Warp& w, const Instruction&, uint32_t) {
+  release_fence(w);
+  return Status::next;
+}
 
 bool fence(Resolver& r) {
-  r.i.run = fence_nothing;
+  r.i.run = fence_release;
   r.ignore({"sc", "acq_rel", "acquire", "release", "cta", "cluster", "gpu", "sys", "gl", "level", "mbarrier_init",
             "sync_restrict::shared::cta", "sync_restrict::shared::cluster"});
   if (r.has("proxy")) {
@@ -172,7 +179,7 @@ void cluster_complete(Cluster& cluster, Launch& launch) {
   int live = 0;
   for (const Cta* cta : cluster.ctas) live += cta->live_warps;
   if (live == 0 || b.arrived < live) return;
-  b.complete = b.clock;
+  join(b.complete, b.clock);
   b.clock = {};
   b.arrived = 0;
   ++b.phase;

@@ -118,7 +118,7 @@ Status copy_async(Warp& w, const Instruction& i, uint32_t lanes) {
       }
       Mbarrier& b = mbarrier_at(*a.cta, a.address, a.lane);
       join(b.clock, a.clock);
-      arrive(*w.launch, b, a.count, a.address, a.lane);
+      arrive(*w.launch, *a.cta, b, a.count, a.address, a.lane);
       w.copies_arrivals.erase(w.copies_arrivals.begin() + static_cast<std::ptrdiff_t>(n));
     }
   });
@@ -152,7 +152,7 @@ Status copies_arrive(Warp& w, const Instruction& i, uint32_t lanes) {
     group_clock(w, Async::copies, w.copies_issued, -1, clock);
     if (w.copies_out.empty()) {
       join(b.clock, clock);
-      arrive(*w.launch, b, 1, address, l);
+      arrive(*w.launch, cta, b, 1, address, l);
     } else {
       w.copies_arrivals.push_back({w.copies_issued, &cta, address, 1, l, clock});
     }
@@ -309,7 +309,8 @@ void load_bulk(Warp& w, const Bulk& b, const Instruction& i, int l) {
   if (b.direction == Bulk::between_shared) {
     Cta& source = shared_cta(w, shared_address(from, l), l);
     shared_bytes(source, static_cast<uint32_t>(from), bytes, 16, l, "the source of a bulk copy");
-    read_async(w, source, shared_offset(static_cast<uint32_t>(from)), bytes, l);
+    read_by_barrier(w, source, shared_offset(static_cast<uint32_t>(from)), bytes,
+                    mbarrier_at(shared_cta(w, bar, l), bar, l), l);
   } else if (!b.tensor) {
     readable(launch, from, bytes, l, "a bulk copy");
   }

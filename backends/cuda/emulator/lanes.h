@@ -5,9 +5,9 @@
 #include "formats.h"
 #include "program.h"
 
-// A function that gcc compiles for AVX2 as well and chooses at run time.
+// A function that is compiled for AVX with FMA as well, and chosen at run time.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-#define MOEKERN_CLONES __attribute__((target_clones("arch=haswell", "default")))
+#define MOEKERN_CLONES __attribute__((target_clones("fma", "default")))
 #else
 #define MOEKERN_CLONES
 #endif

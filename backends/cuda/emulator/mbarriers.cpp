@@ -25,12 +25,13 @@ namespace {
 constexpr int64_t kMaxBytes = (1 << 20) - 1;
 constexpr uint32_t kMaxCount = (1 << 20) - 1;
 
-void maybe_complete(Launch& launch, Mbarrier& b) {
+void maybe_complete(Launch& launch, Cta& cta, Mbarrier& b) {
   if (b.pending || b.bytes) return;
   b.pending = b.expected;
   ++b.phase;
   join(b.complete, b.clock);
   b.clock = {};
+  end_phase(cta, b);
   ++launch.progress;
 }
 
@@ -44,14 +45,14 @@ void expect(Mbarrier& b, int64_t bytes, int lane) {
 
 }  // namespace
 
-void arrive(Launch& launch, Mbarrier& b, uint32_t count, uint32_t address, int lane) {
+void arrive(Launch& launch, Cta& cta, Mbarrier& b, uint32_t count, uint32_t address, int lane) {
   if (count > b.pending)
     throw Fault("more arrivals than the mbarrier at " + hex(shared_offset(address)) +
                     " expects: " + std::to_string(count) + " come, and it is in " + describe(b),
                 lane);
   b.pending -= count;
   ++launch.progress;
-  maybe_complete(launch, b);
+  maybe_complete(launch, cta, b);
 }
 
 void complete_transactions(Launch& launch, Cta& cta, uint32_t address, uint32_t bytes) {
@@ -60,7 +61,7 @@ void complete_transactions(Launch& launch, Cta& cta, uint32_t address, uint32_t 
     throw Fault("a copy has landed, and its mbarrier at " + hex(shared_offset(address)) + " is gone");
   expect(found->second, -static_cast<int64_t>(bytes), -1);
   ++launch.progress;
-  maybe_complete(launch, found->second);
+  maybe_complete(launch, cta, found->second);
 }
 
 namespace {
@@ -123,7 +124,11 @@ Status arrival(Warp& w, const Instruction& i, uint32_t lanes) {
       count = w.lanes<uint32_t>(i.b)[l];
       if (count < 1 || count > kMaxCount) throw Fault("an arrival counts at least 1, not " + std::to_string(count), l);
     }
-    if (!(i.mode & kRelaxed)) release(w, b.clock);
+    if (i.mode & kRelaxed) {
+      release_relaxed(w, b.clock);
+    } else {
+      release(w, b.clock);
+    }
     const uint64_t phase = b.phase;
     if (i.mode & kDrop) {
       if (b.expected < count) throw Fault("arrive_drop by more than the mbarrier expects", l);
@@ -131,7 +136,7 @@ Status arrival(Warp& w, const Instruction& i, uint32_t lanes) {
     }
     if (i.mode & kNoComplete && count >= b.pending && b.bytes == 0)
       throw Fault("mbarrier.arrive.noComplete completes the phase", l);
-    arrive(*w.launch, b, count, at.address, l);
+    arrive(*w.launch, at.cta, b, count, at.address, l);
     if (i.d) w.lanes<uint64_t>(i.d)[l] = phase;
   }
   return Status::next;
@@ -143,7 +148,7 @@ Status transactions(Warp& w, const Instruction& i, uint32_t lanes) {  // expect_
     const int64_t bytes = w.lanes<uint32_t>(i.b)[l];
     expect(at.barrier, i.mode & kExpect ? bytes : -bytes, l);
     ++w.launch->progress;
-    if (!(i.mode & kExpect)) maybe_complete(*w.launch, at.barrier);
+    if (!(i.mode & kExpect)) maybe_complete(*w.launch, at.cta, at.barrier);
   }
   return Status::next;
 }

@@ -63,11 +63,11 @@ constexpr int kMaxK = 32, kMaxN = 256;
 
 struct Operands {
   double a[64][kMaxK];
-  // b's columns come in the order of the accumulators' lanes: of eight neighbours first the even, then the odd ones.
-  double b[kMaxK][kMaxN];
+  // Eight columns at a time, in the order of the accumulators' lanes: first the even, then the odd ones.
+  double b[kMaxN / 8][kMaxK][8];
+  double& at(int k, int n) { return b[n / 8][k][(n & 1) << 2 | (n & 7) >> 1]; }
+  double at(int k, int n) const { return b[n / 8][k][(n & 1) << 2 | (n & 7) >> 1]; }
 };
-
-int column_place(int n) { return (n & ~7) | (n & 1) << 2 | (n & 7) >> 1; }
 
 const uint8_t* bytes_at(const Cta& cta, uint32_t address, const char* operand) {
   const uint32_t at = address - kSharedBase;
@@ -114,34 +114,39 @@ void fetch_registers(const Product& p, Operands& o) {
 using Four = double __attribute__((vector_size(32)));
 using FourFloats = float __attribute__((vector_size(16)));
 
-// Four rows of a by the eight columns of a group: registers even[h] and odd[h] at lanes 4 row ... Exact products make a
+// Four rows of a by the eight columns of a group: registers even and odd at lanes 4 row ... Exact products make a
 // fused multiplication and addition the same as the two.
-MOEKERN_CLONES void block(const double (*a)[kMaxK], const double (*b)[kMaxN], int k, bool accumulates, float* even,
+MOEKERN_CLONES void block(const double (*a)[kMaxK], const double (*b)[8], int k, bool accumulates, float* even,
                           float* odd) {
-  Four sum[4][2];
-  for (int r = 0; r < 4; ++r)
-    for (int v = 0; v < 2; ++v) {
-      sum[r][v] = Four{};
-      if (accumulates) {
-        FourFloats f;
-        std::memcpy(&f, (v ? odd : even) + 4 * r, 16);
-        sum[r][v] = __builtin_convertvector(f, Four);
-      }
+  Four low[4], high[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    FourFloats e{}, o{};
+    if (accumulates) {
+      std::memcpy(&e, even + 4 * r, 16);
+      std::memcpy(&o, odd + 4 * r, 16);
     }
+    low[r] = __builtin_convertvector(e, Four);
+    high[r] = __builtin_convertvector(o, Four);
+  }
   for (int n = 0; n < k; ++n) {
-    Four low, high;
-    std::memcpy(&low, &b[n][0], 32);
-    std::memcpy(&high, &b[n][4], 32);
+    Four x, y;
+    std::memcpy(&x, &b[n][0], 32);
+    std::memcpy(&y, &b[n][4], 32);
+#pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      sum[r][0] += low * a[r][n];
-      sum[r][1] += high * a[r][n];
+      const double f = a[r][n];
+      const Four both{f, f, f, f};
+      low[r] += x * both;
+      high[r] += y * both;
     }
   }
-  for (int r = 0; r < 4; ++r)
-    for (int v = 0; v < 2; ++v) {
-      const FourFloats f = __builtin_convertvector(sum[r][v], FourFloats);
-      std::memcpy((v ? odd : even) + 4 * r, &f, 16);
-    }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    const FourFloats e = __builtin_convertvector(low[r], FourFloats), o = __builtin_convertvector(high[r], FourFloats);
+    std::memcpy(even + 4 * r, &e, 16);
+    std::memcpy(odd + 4 * r, &o, 16);
+  }
 }
 
 // Hopper's tensor cores align all terms of a sum, the accumulator among them, to the largest exponent and keep so many
@@ -181,7 +186,7 @@ void slowly(const Product& p, const Operands& o, Accumulation accumulation) {
         terms[0] = s.result == ProductShape::f32   ? as_float(word)
                    : s.result == ProductShape::f16 ? from_f16(word >> shift & 0xffff)
                                                    : static_cast<int32_t>(word);
-      for (int k = 0; k < s.k; ++k) terms[k + 1] = o.a[row][k] * o.b[k][column_place(n)];
+      for (int k = 0; k < s.k; ++k) terms[k + 1] = o.a[row][k] * o.at(k, n);
       double sum = 0;
       if (accumulation == Accumulation::hopper && s.result != ProductShape::s32) {
         sum = reduced_sum(terms, s.k + 1);
@@ -249,7 +254,7 @@ void multiply(Cta& cta, const Product& p) {
           [](int m, int k, double v) { o.a[m][k] = v; });
   }
   fetch(cta, tile_of(p.b, !s.b_transposed, s.n, multiplicand_bytes(s.b)), s.b, "b",
-        [=](int n, int k, double v) { o.b[k][column_place(n)] = v * b_sign; });
+        [=](int n, int k, double v) { o.at(k, n) = v * b_sign; });
   if (s.a_negated)
     for (auto& row : o.a)
       for (double& v : row) v *= a_sign;
@@ -261,8 +266,7 @@ void multiply(Cta& cta, const Product& p) {
         const Unit* d = p.instruction->list + 4 * j + 2 * h;
         auto *even = p.warps[w]->lanes<float>(d[0]), *odd = p.warps[w]->lanes<float>(d[1]);
         for (int r = 0; r < 8; r += 4)
-          block(&o.a[16 * w + 8 * h + r], reinterpret_cast<const double (*)[kMaxN]>(&o.b[0][8 * j]), s.k, p.accumulates,
-                even + 4 * r, odd + 4 * r);
+          block(&o.a[16 * w + 8 * h + r], o.b[j], s.k, p.accumulates, even + 4 * r, odd + 4 * r);
       }
 }
 

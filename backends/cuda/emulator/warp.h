@@ -184,8 +184,8 @@ struct Mbarrier {
   uint32_t pending = 0;   // arrivals that are to come
   int64_t bytes = 0;      // transactions that are to come
   uint64_t phase = 0;
-  int actor = 0;
-  int line = 0;  // of the mbarrier.init
+  uint32_t actor = 0, initialised_by = 0, initialised_at = 0;  // in the checker of races
+  int line = 0;                                                // of the mbarrier.init
   Clock clock, complete;
 };
 
