@@ -151,9 +151,11 @@ def moved_bytes(shape: Shape) -> int:
     return operands + shape.groups * shape.rows * shape.columns * shape.out_bytes
 
 
-def candidates(shape: Shape) -> Iterator[Plan]:
+def candidates(limits: Limits, shape: Shape) -> Iterator[Plan]:
     for rows, columns in TILES:
         yield Plan(rows, columns, 0, _band(rows, columns, 1))
+        if limits.processors < 2:
+            continue
         if shape.columns > columns:
             yield Plan(rows, columns, 1, _band(rows, columns, 1))
         if shape.rows > rows and shape.groups == 1:
@@ -167,7 +169,13 @@ def _band(rows: int, columns: int, pair: int) -> int:
 
 def plan(limits: Limits, shape: Shape) -> Plan:
     """The first of those that cost least."""
-    return min(candidates(shape), key=lambda one: cycles(limits, shape, one))
+    return min(candidates(limits, shape), key=lambda one: cycles(limits, shape, one))
+
+
+def tflops(limits: Limits, shape: Shape, gigahertz: float = 1.83) -> float:
+    """What the model predicts, at H100 SXM's boost clock."""
+    operations = 2 * shape.rows * shape.columns * shape.k * shape.groups
+    return operations * gigahertz / cycles(limits, shape, plan(limits, shape)) / 1e3
 
 
 def tile_plan(processors: int, rows: int, columns: int, k: int, groups: int, out_bytes: int) -> tuple[int, ...]:
@@ -188,10 +196,23 @@ def for_few_rows(limits: Limits, shape: Shape) -> StreamPlan:
     steps, blocks = -(-shape.k // STEP), 2 * limits.processors
     tiles = -(-shape.columns // STREAM_COLUMNS) * shape.groups
 
-    def cost(splits: int) -> int:
+    def cost(splits: int) -> float:
+        if splits > blocks:
+            return math.inf
         return -(-tiles // max(blocks // splits, 1)) * (-(-steps // splits) + 6 + (splits > 1))
 
     return StreamPlan(tokens, min(STREAM_SPLITS, key=cost))
+
+
+def stream_cycles(limits: Limits, shape: Shape, plan: StreamPlan) -> float:
+    """That a product of few rows takes, at least: by memory, or by the steps of one block after another.
+
+    A step takes a turn of one warp group: its products, 32 instructions and 5 for every 8 rows.
+    """
+    tiles = -(-shape.columns // STREAM_COLUMNS) * -(-shape.rows // plan.tokens) * shape.groups
+    turns = -(-tiles // max(2 * limits.processors // plan.splits, 1)) * -(-shape.k // STEP // plan.splits)
+    turn = _TURN + 4 * max(plan.tokens / 2, 16) + 32 + 5 * plan.tokens / 8
+    return _START + max(turns * turn, moved_bytes(shape) / (_HBM_WIDTH * limits.processors))
 
 
 def stream_plan(processors: int, rows: int, columns: int, k: int, groups: int, out_bytes: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 // The rows of this backend for csrc/bindings/, best first.
 #include "cuda/driver.h"
 #include "cuda/gemm/dense.h"
+#include "cuda/gemm/grouped.h"
 #include "cuda/modules.h"
 #include "cuda/moe/gate.h"
 #include "cuda/moe/permute.h"
@@ -16,6 +17,10 @@ constexpr Feature kFeatures[] = {{kHopper, "hopper"}};
 
 constexpr GemmKernel kGemm[] = {{"cuda.hopper_stream", kHopper, {gemm_stream, gemm_stream_refuses}},
                                 {"cuda.hopper", kHopper, {gemm, gemm_refuses}}};
+
+constexpr GroupedGemmKernel kGrouped[] = {
+    {"cuda.hopper_stream", kHopper, {m_grouped_stream, m_grouped_stream_refuses}, {}},
+    {"cuda.hopper", kHopper, {m_grouped, m_grouped_refuses}, {k_grouped, k_grouped_refuses}}};
 
 constexpr CastKernel kCast[] = {{"cuda.hopper",
                                  kHopper,
@@ -35,8 +40,8 @@ constexpr Table<Row> table(const Row (&rows)[N]) {
 
 const Backend& backend() {
   static const DriverKernels driver{modules(), use_driver, why_no_driver};
-  static const Backend instance{table(kGemm),     {},      table(kCast), table(kRouting), {}, {},
-                                table(kFeatures), nullptr, nullptr,      &driver};
+  static const Backend instance{table(kGemm), table(kGrouped),  table(kCast), table(kRouting), {},
+                                {},           table(kFeatures), nullptr,      nullptr,         &driver};
   return instance;
 }
 

@@ -1,4 +1,6 @@
 #include <array>
+#include <cstring>
+#include <memory>
 #include <mutex>
 #include <shared_mutex>
 #include <unordered_map>
@@ -94,14 +96,20 @@ bool has_tensor_map(const Stack& s) { return has_tensor_map(s.matrix) && aligned
 
 TensorMap tensor_map(const Boxed& b) {
   const Driver& d = driver();
-  TensorMap map;
+  // gcc 12 aligns no temporary to 64 bytes that a function returns by value, and this one may be such
+  uint64_t room[2 * sizeof(TensorMap) / sizeof(uint64_t)];
+  void* at = room;
+  size_t bytes = sizeof room;
+  auto* written = static_cast<TensorMap*>(std::align(alignof(TensorMap), sizeof(TensorMap), at, bytes));
   static constexpr uint32_t kEveryElement[kMaxRank] = {1, 1, 1, 1};
-  d.check(d.cuTensorMapEncodeTiled(&map, type_of(b.dtype), static_cast<uint32_t>(b.rank), const_cast<void*>(b.address),
-                                   b.extents, b.strides, b.box, kEveryElement, 0, static_cast<int>(b.swizzle),
-                                   kPromote256Bytes, 0),
+  d.check(d.cuTensorMapEncodeTiled(written, type_of(b.dtype), static_cast<uint32_t>(b.rank),
+                                   const_cast<void*>(b.address), b.extents, b.strides, b.box, kEveryElement, 0,
+                                   static_cast<int>(b.swizzle), kPromote256Bytes, 0),
           "cuTensorMapEncodeTiled of ", name_of(b.dtype), " at ", b.address, ", extents ", b.extents[0], " x ",
           b.extents[1], " x ", b.extents[2], ", strides ", b.strides[0], " and ", b.strides[1], " bytes, box ",
           b.box[0], " x ", b.box[1], " x ", b.box[2], ", swizzle ", static_cast<int>(b.swizzle));
+  TensorMap map;
+  std::memcpy(&map, written, sizeof map);
   return map;
 }
 

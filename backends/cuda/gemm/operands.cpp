@@ -35,7 +35,7 @@ const char* weight_scales_refused(const ScaleGrid& s, int64_t n, int64_t k) {
 }
 
 Rows rows_of(const Stack& x) {
-  return {reinterpret_cast<const uint8_t*>(x.matrix.data), x.matrix.row_stride, x.stride};
+  return {reinterpret_cast<const uint8_t*>(x.matrix.data), x.matrix.row_stride, 1, x.stride};
 }
 
 Scales scales_of(const ScaleGrid& s, int64_t group_stride) {

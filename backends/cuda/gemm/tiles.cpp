@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cuda/gemm/operands.h"
-#include "moekern/check.h"
+#include "moekern/arguments.h"
 
 namespace moekern::cuda {
 
@@ -40,6 +40,12 @@ unsigned blocks_of(const GemmParameters& p, int64_t units, int each, Stream stre
   return static_cast<unsigned>(std::min(units, most) * p.cluster);
 }
 
+// Of tiles of so many columns, if nothing is to be added.
+void map_result(GemmParameters& p, const Stack& out, int columns) {
+  p.out.mapped = !p.c.data && !p.bias.data && has_tensor_map(out);
+  if (p.out.mapped) p.out_map = tensor_map(result_boxes(out, columns));
+}
+
 }  // namespace
 
 void launch_tiles(const char* const* kernels, const TilePlan& plan, GemmParameters& p, const Stack& a, const Stack& b,
@@ -55,8 +61,7 @@ void launch_tiles(const char* const* kernels, const TilePlan& plan, GemmParamete
     p.a_map = tensor_map(operand_boxes(a, plan.shared == 1 ? plan.rows / 2 : plan.rows));
     p.b_map = weight_map(operand_boxes(b, plan.shared == 2 ? plan.columns / 2 : plan.columns));
   }
-  p.out.mapped = !p.c.data && !p.bias.data && has_tensor_map(out);
-  if (p.out.mapped) p.out_map = tensor_map(result_boxes(out, plan.columns));
+  map_result(p, out, plan.columns);
   launch({kernels[size - kSizes],
           {blocks_of(p, units, 1, stream), 1, 1},
           kGemmThreads,
@@ -83,6 +88,22 @@ void launch_stream(const char* const* kernels, const StreamPlan& plan, GemmParam
           kStreamThreads,
           static_cast<unsigned>(p.cluster),
           static_cast<unsigned>(kBytes[rows - kRows]),
+          &p},
+         stream);
+}
+
+void launch_cross(GemmParameters& p, const Stack& a, const Stack& b, const Stack& out, Stream stream) {
+  if (p.k > 0) {
+    p.a_map = tensor_map(operand_boxes(a, kStep));
+    p.b_map = tensor_map(operand_boxes(b, kStep));
+  }
+  map_result(p, out, kCross);
+  const int64_t units = p.groups * blocks(p.rows, kCross) * blocks(p.n, kCross);
+  launch({"hopper_k_grouped_gemm",
+          {blocks_of(p, units, 1, stream), 1, 1},
+          kCrossThreads,
+          1,
+          static_cast<unsigned>(cross_shared_bytes()),
           &p},
          stream);
 }

@@ -1,4 +1,4 @@
-// Launches of the kernels that take rows of k: in large tiles, and of few rows.
+// Launches of the kernels.
 #pragma once
 #include "cuda/gemm/plan.h"
 #include "cuda/kernels/gemm_parameters.h"
@@ -14,6 +14,9 @@ void launch_tiles(const char* const* kernels, const TilePlan& plan, GemmParamete
 // The same for few rows. tiles: at most.
 void launch_stream(const char* const* kernels, const StreamPlan& plan, GemmParameters& p, const Stack& a,
                    const Stack& b, int64_t tiles, Stream stream);
+
+// The same for operands that lie across k.
+void launch_cross(GemmParameters& p, const Stack& a, const Stack& b, const Stack& out, Stream stream);
 
 constexpr int kMostStreamRows = 64;
 

@@ -67,6 +67,7 @@ template <class Memory, class Tiles>
 __device__ inline void load_scales(const GemmParameters& p, const Memory& memory, Steps steps, int first) {
   constexpr int kRows = Memory::kRows < 128 ? Memory::kRows : 128, kEach = (kRows + 31) / 32;
   constexpr int kGranule = granule(Memory::kColumns), kGranules = Memory::kColumns / kGranule;
+  constexpr int kRead = (kGranules + 3) / 4 * 4;  // four at a time
   const int lane = threadIdx.x % 32;
   Position<Memory::kStages> at;
   Tiles tiles(p);
@@ -84,7 +85,7 @@ __device__ inline void load_scales(const GemmParameters& p, const Memory& memory
 #pragma unroll
       for (int i = 0; i < kEach; ++i)
         if (lane + 32 * i < kRows) copy_scale(scales + (first + lane + 32 * i) * 4, p.sa, of_a[i] + step_a);
-      if (first == 0 && lane < kGranules) copy_scale(scales + (Memory::kRows + lane) * 4, p.sb, of_b + step_b);
+      if (first == 0 && lane < kRead) copy_scale(scales + (Memory::kRows + lane) * 4, p.sb, of_b + step_b);
       if (p.sa.ue8m0 || p.sb.ue8m0) {
         cp_async_wait();
         mbarrier_arrive(full);
