@@ -1,4 +1,4 @@
-"""`python -m moekern info [--json]`, `selftest`, `export` and `warmup`.
+"""`python -m moekern info [--json]`, `selftest`, `export`, `warmup` and `emulate`.
 
 `info` has to work where the package does not: nothing here or in info.py imports more than the
 standard library before it is needed.
@@ -20,8 +20,11 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("selftest", help="run every kernel that can run here on a small problem and check its bits")
     commands.add_parser("export", help="write an FP8 checkpoint of transformers' as ONNX", add_help=False)
     commands.add_parser("warmup", help="compile a model's GPU kernels before they are asked for", add_help=False)
+    commands.add_parser(
+        "emulate", help="run a kernel's PTX for sm_90a on the CPU and say what is wrong with it", add_help=False
+    )
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("export", "warmup"):
+    if rest and options.command not in ("export", "warmup", "emulate"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         report = info.collect()
@@ -35,6 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _export(rest)
     if options.command == "warmup":
         return _warmup(rest)
+    if options.command == "emulate":
+        return _emulate(rest)
     from moekern.testing import selftest
 
     return selftest.main()
@@ -60,6 +65,14 @@ def _warmup(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="moekern warmup", description=warmup.__doc__)
     warmup.add_arguments(parser)
     return warmup.run(parser.parse_args(arguments))
+
+
+def _emulate(arguments: list[str]) -> int:
+    from moekern.backends.cuda.emulator import command
+
+    parser = argparse.ArgumentParser(prog="moekern emulate", description=command.__doc__)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,10 @@ Status transactions(Warp& w, const Instruction& i, uint32_t lanes) {  // expect_
   return Status::next;
 }
 
+// A try_wait may give up at any time: under the random schedule some do, so that code which does not try again is found
+// out.
+bool impatient(Launch& launch) { return launch.settings.schedule == Schedule::random && launch.random() % 8 == 0; }
+
 Status wait(Warp& w, const Instruction& i, uint32_t lanes) {
   uint32_t complete = 0;
   for (const int l : Lanes(lanes)) {
@@ -164,12 +168,13 @@ Status wait(Warp& w, const Instruction& i, uint32_t lanes) {
     if (passed && !(i.mode & kRelaxed)) acquire(w, at.barrier.complete);
   }
   Path& path = w.path();
-  if (complete != lanes && i.mode & kTry && path.timed_out != w.launch->progress) {
+  if (complete != lanes && i.mode & kTry && !path.expired && !impatient(*w.launch)) {
     // It may wait for as long as it likes. What wakes it is the phase, or that nothing else in the launch can run.
     path.stage = kWaitsForPhase;
     return Status::blocked;
   }
   path.stage = 0;
+  path.expired = false;
   uint32_t& d = w.predicate(i.d);
   d = (d & ~lanes) | complete;
   return complete == lanes ? Status::next : Status::yield;

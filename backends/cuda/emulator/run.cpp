@@ -335,12 +335,15 @@ struct Machine {
     bool any = false;
     for (Warp* w : turns)
       for (Path& path : w->paths)
-        if (path.stage == kWaitsForPhase && path.timed_out != launch.progress) {
-          path.timed_out = launch.progress;
+        if (path.stage == kWaitsForPhase && path.gave_up != launch.progress) {
+          path.gave_up = launch.progress;
+          path.expired = true;
           w->asleep = false;
           any = true;
         }
-    if (!any) throw Fault("deadlock: no warp can go on\n" + everybody());
+    if (any) return;
+    launch.warp = nullptr, launch.instruction = nullptr;
+    throw Fault("deadlock: no warp can go on\n" + everybody());
   }
 
   // ---- a turn -----------------------------------------------------------------------------------------------------

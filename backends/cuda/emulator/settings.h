@@ -14,7 +14,7 @@ struct Settings {
   bool poison = true;  // destinations of copies and accumulators hold NaN until they land
   int sms = 8;
   Accumulation accumulation = Accumulation::exact;
-  uint64_t patience = 20000000;  // instructions without any progress before a launch counts as hung
+  uint64_t patience = 5000000;  // instructions without any progress before a launch counts as hung
 };
 
 }  // namespace moekern::emulator

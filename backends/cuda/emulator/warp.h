@@ -77,9 +77,10 @@ struct Instruction {
 struct Path {
   uint32_t pc = 0;
   uint32_t lanes = 0;
-  uint32_t stage = 0;          // of an instruction that is tried again: what it has done
-  uint64_t token = 0;          // and what it waits for
-  uint64_t timed_out = ~0ull;  // the progress at which a wait last gave up
+  uint32_t stage = 0;        // of an instruction that is tried again: what it has done
+  uint64_t token = 0;        // and what it waits for
+  bool expired = false;      // the time limit of its try_wait is over
+  uint64_t gave_up = ~0ull;  // the launch's progress when that happened last
   bool blocked = false;
   bool rests = false;  // lets other paths of the warp run
 };
