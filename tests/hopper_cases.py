@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
 import emulated
+import emulated_driver
 import pytest
 import torch
 from executors import Executor
@@ -34,6 +37,13 @@ def problems(lists: Iterable[tuple[Op, Iterable[Any], Check, int]]) -> list[Any]
         for number, case in enumerate(found)
         if number % every == every // 2 or case.layout == "aligned" or os.environ.get("MOEKERN_ALL_CASES")
     ]
+
+
+def launched() -> str:
+    """The kernel that ran last."""
+    said = emulated_driver.library().moekern_emulator_statistics
+    said.restype = ctypes.c_char_p
+    return str(json.loads(said())["kernel"])
 
 
 def run_with(op: Op, changed: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:

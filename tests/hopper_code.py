@@ -13,8 +13,8 @@ from moekern import _C
 # Of an SM: CUDA programming guide, technical specifications of compute capability 9.0.
 REGISTERS, THREADS, BLOCKS, SHARED = 64 << 10, 2048, 32, 228 << 10
 _REGISTERS_TOGETHER = 8  # of a thread are given out so many at once
-# 3.35 TB/s (data sheet) / 132 SMs x about 0.8 us from a load to its data, under load: what has to be on its way
-IN_FLIGHT = 20 << 10
+# What has to be on its way: 3.35 TB/s (data sheet) / 132 SMs x 1 us from a load to its data, more than is published.
+IN_FLIGHT = 25 << 10
 
 
 @functools.cache

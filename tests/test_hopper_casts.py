@@ -35,6 +35,18 @@ def test_every_value_beside_a_larger_one(op: moekern.Op) -> None:
     test_casts.test_every_value_beside_a_larger_one(hopper_cases.executor_of(op), "e4m3fn", "bf16")
 
 
+@hopper_cases.emulation
+@pytest.mark.parametrize("layout", ["aligned", "rows"])
+@pytest.mark.parametrize("x", cases.FLOATS)
+@pytest.mark.parametrize("op", test_kernels.CASTS, ids=lambda op: op.name)
+def test_aligned_rows_take_the_wide_kernels(op: moekern.Op, x: str, layout: str) -> None:
+    case = cases.Cast(op.name, 3, 144, x=x, layout=layout, layout_out="aligned")
+    test_kernels.test_cast(hopper_cases.executor_of(op), case)
+    kernel = {"per_token": "cast_1x128", "per_block": "cast_128x128", "per_channel": "cast_128x1"}
+    head = kernel.get(op.name.partition("_cast")[0], "silu_mul_cast")
+    assert hopper_cases.launched() == f"{head}_{x if layout == 'aligned' else 'elements'}"
+
+
 # ---- machine code
 
 _WARPS = 8

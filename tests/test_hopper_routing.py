@@ -90,6 +90,22 @@ def test_rows_that_are_none_are_left_out(index: torch.dtype) -> None:
     assert torch.equal(got, moe_unpermute(y, torch.where(none, -1, inverse), weights))
 
 
+@hopper_cases.emulation
+@pytest.mark.parametrize("layout", ["aligned", "rows"])
+@pytest.mark.parametrize("y", ["f32", "f16", "bf16"])
+def test_aligned_rows_take_the_wide_kernels(y: str, layout: str) -> None:
+    case = routing_cases.Unpermute(4, 72, 3, 20, y=y, layout=layout, layout_out="aligned")
+    test_permute.test_unpermute(executor_of(moe_unpermute), case)
+    assert hopper_cases.launched() == f"unpermute_{y if layout == 'aligned' else 'elements'}"
+
+
+@hopper_cases.emulation
+@pytest.mark.parametrize(("experts", "of_lane"), [(1, 1), (32, 1), (33, 2), (160, 8), (256, 8), (257, 16), (1024, 32)])
+def test_a_lane_of_the_gate_has_as_few_experts_as_can_be(experts: int, of_lane: int) -> None:
+    test_gate.test_gate(executor_of(moe_gate), routing_cases.Gate(3, experts, 1))
+    assert hopper_cases.launched() == f"gate_{of_lane}"
+
+
 # ---- machine code
 
 _WARPS = {"gate": 4, "permute": 8, "permute_sort": 32, "unpermute": 8}
