@@ -1,6 +1,6 @@
-// The experts of every token. A warp takes a token, a lane K neighbouring experts, whose selection values stay in
-// registers as integers that order alike. Nothing is sorted: the largest are taken one by one, each with one reduction
-// over the warp and a ballot for the lowest lane that has it.
+// The experts of every token. A warp takes a token, a lane K neighbouring experts, whose selection values become
+// integers that order alike. Nothing is sorted: the largest are taken one by one. Each lane knows its own largest; of
+// the lane that has the warp's, all lanes look at the K keys together, in shared memory.
 #include "cuda/kernels/elements.cuh"
 #include "cuda/kernels/exponential.cuh"
 #include "cuda/kernels/gate_parameters.h"
@@ -63,33 +63,42 @@ __device__ inline void load_run(const Strided& m, uint32_t row, int first, int c
   }
 }
 
-// K keys of each lane, whose places follow one another from lane to lane.
 template <int K>
-struct Keys {
-  uint32_t keys[K];
-  uint32_t best;  // of this lane
+__device__ inline uint32_t largest(const uint32_t (&keys)[K]) {
+  uint32_t best = keys[0];
+#pragma unroll
+  for (int i = 1; i < K; ++i) best = max(best, keys[i]);
+  return best;
+}
 
-  __device__ void look() {
-    best = keys[0];
-#pragma unroll
-    for (int i = 1; i < K; ++i) best = max(best, keys[i]);
-  }
+// The place of the largest key, of equal ones the first. It becomes kNone. Lane l has the keys from l K on, the largest
+// of which is `best`.
+template <int K>
+__device__ inline int take(uint32_t* keys, uint32_t& best, int lane) {
+  const uint32_t top = __reduce_max_sync(kAll, best);
+  const int owner = __ffs(__ballot_sync(kAll, best == top)) - 1;
+  uint32_t key = lane < K ? keys[owner * K + lane] : kNone;
+  const int at = __ffs(__ballot_sync(kAll, key == top)) - 1;
+  if (lane == at) keys[owner * K + lane] = key = kNone;
+  __syncwarp();
+  const uint32_t rest = __reduce_max_sync(kAll, key);
+  if (lane == owner) best = rest;
+  return owner * K + at;
+}
 
-  // The place of the largest key, of equal ones the first, which is no longer there afterwards.
-  __device__ int take(int lane) {
-    const uint32_t top = __reduce_max_sync(kAll, best);
-    const int winner = __ffs(__ballot_sync(kAll, best == top)) - 1;
-    int mine = 0;
-    if (lane == winner) {
+// A lane's keys, to where all lanes may look at them.
+template <int K>
+__device__ inline void share(uint32_t* all, int lane, const uint32_t (&keys)[K]) {
+  if constexpr (K % 4 == 0) {
 #pragma unroll
-      for (int i = K - 1; i >= 0; --i) mine = keys[i] == top ? i : mine;
+    for (int i = 0; i < K; i += 4)
+      *reinterpret_cast<uint4*>(all + lane * K + i) = {keys[i], keys[i + 1], keys[i + 2], keys[i + 3]};
+  } else {
 #pragma unroll
-      for (int i = 0; i < K; ++i) keys[i] = i == mine ? kNone : keys[i];
-      look();
-    }
-    return winner * K + __shfl_sync(kAll, mine, winner);
+    for (int i = 0; i < K; ++i) all[lane * K + i] = keys[i];
   }
-};
+  __syncwarp();
+}
 
 // The two largest of the keys that several lanes have seen.
 struct TwoBest {
@@ -100,43 +109,32 @@ struct TwoBest {
   }
 };
 
-// What the groups count, in shared memory; those that are kept become kNone.
+// What the groups count becomes kNone where they are kept.
 template <int K>
 __device__ inline void keep_groups(const GateParameters& p, uint32_t* values, int lane) {
-  Keys<K> groups;
+  uint32_t mine[K];
 #pragma unroll
-  for (int i = 0; i < K; ++i) groups.keys[i] = lane * K + i < p.groups ? values[lane * K + i] : kNone;
-  groups.look();
-  __syncwarp();
-  for (int n = 0; n < p.kept_groups; ++n) {
-    const int place = groups.take(lane);
-    if (lane == 0) values[place] = kNone;
-  }
-  __syncwarp();
+  for (int i = 0; i < K; ++i) mine[i] = lane * K + i < p.groups ? values[lane * K + i] : kNone;
+  uint32_t best = largest(mine);
+  share(values, lane, mine);
+  for (int n = 0; n < p.kept_groups; ++n) take<K>(values, best, lane);
 }
 
 // The experts of all but the best groups get the key of the mask.
 template <int K>
-__device__ inline void mask_groups(const GateParameters& p, uint32_t* shared, int lane, uint32_t (&keys)[K]) {
-  const int size = p.experts / p.groups, first = lane * K;
-  uint32_t* values = shared + p.groups * p.group_stride;
-  int group = first / size, place = first % size;
-  const auto next = [&](int& group, int& place) {
-    if (++place == size) {
-      place = 0;
-      ++group;
-    }
-  };
-#pragma unroll
-  for (int i = 0, g = group, j = place; i < K; ++i, next(g, j))
-    if (first + i < p.experts) shared[g * p.group_stride + j] = keys[i];
-  __syncwarp();
-  const int at_once = kWarpLanes / p.group_lanes;
+__device__ inline void mask_groups(const GateParameters& p, const uint32_t* all, uint32_t* values, int lane,
+                                   uint32_t (&keys)[K]) {
+  const int size = p.experts / p.groups, at_once = kWarpLanes / p.group_lanes;
+  const int parts = (size + p.group_lanes - 1) / p.group_lanes;
   for (int before = 0; before < p.groups; before += at_once) {
     const int g = before + lane / p.group_lanes;
     TwoBest best;
     if (g < p.groups)
-      for (int j = lane % p.group_lanes; j < size; j += p.group_lanes) best.see(shared[g * p.group_stride + j]);
+      // Groups begin with different parts of theirs: those of 32 experts would all use the same banks.
+      for (int i = 0, part = g % parts; i < parts; ++i, part = part + 1 < parts ? part + 1 : 0) {
+        const int j = part * p.group_lanes + lane % p.group_lanes;
+        if (j < size) best.see(all[g * size + j]);
+      }
     for (int step = p.group_lanes / 2; step; step /= 2) {
       const uint32_t one = __shfl_xor_sync(kAll, best.first, step), other = __shfl_xor_sync(kAll, best.second, step);
       best.see(one);
@@ -150,10 +148,14 @@ __device__ inline void mask_groups(const GateParameters& p, uint32_t* shared, in
     keep_groups<1>(p, values, lane);
   else
     keep_groups<K>(p, values, lane);
+  int group = lane * K / size, place = lane * K % size;
 #pragma unroll
   for (int i = 0; i < K; ++i) {
-    if (first + i < p.experts && values[group] != kNone) keys[i] = key_of(p.mask_value);
-    next(group, place);
+    if (lane * K + i < p.experts && values[group] != kNone) keys[i] = key_of(p.mask_value);
+    if (++place == size) {
+      place = 0;
+      ++group;
+    }
   }
 }
 
@@ -169,7 +171,7 @@ struct Score {
 
 template <int K>
 __device__ inline void gate(const GateParameters& p) {
-  extern __shared__ uint32_t shared[];
+  extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes, first = lane * K;
   const uint32_t token = blockIdx.x * kGateWarps + warp;
   if (token >= p.tokens) return;
@@ -200,14 +202,19 @@ __device__ inline void gate(const GateParameters& p) {
 #pragma unroll
     for (int i = 0; i < K; ++i) x[i] = __fadd_rn(x[i], bias[i]);
   }
-  Keys<K> selection;
+  uint32_t keys[K];
 #pragma unroll
-  for (int i = 0; i < K; ++i) selection.keys[i] = first + i < p.experts ? key_of(x[i]) : kNone;
-  if (p.shared_words) mask_groups(p, shared + warp * p.shared_words, lane, selection.keys);
-  selection.look();
+  for (int i = 0; i < K; ++i) keys[i] = first + i < p.experts ? key_of(x[i]) : kNone;
+  uint32_t* all = reinterpret_cast<uint32_t*>(shared) + warp * p.shared_words;
+  share(all, lane, keys);
+  if (p.kept_groups < p.groups) {
+    mask_groups(p, all, all + kWarpLanes * K, lane, keys);
+    share(all, lane, keys);
+  }
+  uint32_t best = largest(keys);
   int chosen = 0;
   for (int j = 0; j < p.topk; ++j) {
-    const int place = selection.take(lane);
+    const int place = take<K>(all, best, lane);
     chosen = lane == j ? place : chosen;
   }
   // Lane j has slot j. Its score is computed again: keeping all of them would take K registers more.

@@ -31,11 +31,10 @@ void gate(const GateProblem& p) {
   int kernel = 0;
   while (kWarpLanes << kernel < experts) ++kernel;
   const bool masked = p.kept_groups < p.groups;
-  const int groups = masked ? p.groups : 1, size = experts / groups;
+  const int groups = masked ? p.groups : 1;
   int lanes = kWarpLanes;
   while (lanes > 1 && lanes * groups > kWarpLanes) lanes /= 2;
-  // An odd multiple of `lanes`: the groups that a warp looks at together lie in different banks.
-  const int stride = lanes * (ceil_div(size, lanes) | 1), words = masked ? groups * (stride + 1) : 0;
+  const int keys = kWarpLanes << kernel, words = keys + (!masked ? 0 : groups <= kWarpLanes ? kWarpLanes : keys);
   const GateParameters parameters{strided(p.logits),
                                   strided(p.correction_bias),
                                   strided(p.weights),
@@ -46,7 +45,6 @@ void gate(const GateProblem& p) {
                                   groups,
                                   masked ? p.kept_groups : 1,
                                   lanes,
-                                  stride,
                                   p.sigmoid,
                                   p.renormalize,
                                   whole(p.logits, 1 << kernel),
