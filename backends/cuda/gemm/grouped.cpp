@@ -96,8 +96,9 @@ Rows rows_across(const Stack& x) {
   return {reinterpret_cast<const uint8_t*>(x.matrix.data), 1, x.matrix.row_stride, 0};
 }
 
+// like: has the blocks of the transposed operand.
 Scales scales_across(const Stack& values, const ScaleGrid& like) {
-  ScaleGrid turned{values.matrix, like.block_cols, like.block_rows};
+  ScaleGrid turned{values.matrix, like.block_rows, like.block_cols};
   std::swap(turned.values.row_stride, turned.values.col_stride);
   return scales_of(turned, 0);
 }
@@ -109,7 +110,7 @@ const char* k_grouped_refuses(const GroupedGemmProblem& p) {
   for (const Stack& x : {there.a, there.b})
     if (const char* reason = operand_refused(x)) return reason;
   for (const ScaleGrid& s : {p.shared.sa, p.shared.sb})
-    if (s.block_rows < there.rows && s.block_rows % kStep) return "takes scales of multiples of 128 rows";
+    if (const char* reason = scales_refused(s, there.rows)) return reason;
   return nullptr;
 }
 
