@@ -24,7 +24,8 @@ __device__ inline uint32_t to_e4m3fnuz(float x) {
   return code ? code | (bits >> 24 & 0x80) : 0;
 }
 
-// Two codes, the first in the lower byte.
+// Two codes, the first in the lower byte. cvt rounds f32 once to nearest even, subnormals too, and .satfinite takes all
+// beyond the largest finite value to it, infinities too, and NaN to NaN (PTX ISA, cvt): the contract's own words.
 template <Dtype F>
 __device__ inline uint32_t to_fp8x2(float first, float second) {
   if constexpr (F == Dtype::e4m3fnuz) {
