@@ -14,7 +14,6 @@ import stub_driver
 import torch
 from stub_driver import Stub
 
-import moekern
 from moekern import _C
 
 
@@ -226,13 +225,3 @@ def test_kernels_go_to_the_current_stream_of_their_operands_device(tmp_path: Pat
     if how == "through_the_table" and not _C.uses_exchange_table():
         pytest.skip("this torch has no exchange table")
     assert process(stub_driver.build(tmp_path), ELSEWHERE.replace("{how}", how)) == "there\n"
-
-
-def test_what_dequantize_refuses(stub: Stub) -> None:
-    _, refuses = stub_driver.row("dequantize")
-    x = moekern.per_block_cast_to_fp8(torch.ones(32, 64))
-    assert refuses(*moekern.dequantize.prepare(x)) is None
-    turned = moekern.ScaledTensor(x.data.t(), x.scale.t(), x.block)
-    assert refuses(*moekern.dequantize.prepare(turned)) == "takes data that is contiguous along its rows"
-    shifted = torch.empty(32 * 64 + 1)[1:].view(32, 64)
-    assert refuses(*moekern.dequantize.prepare(x, shifted)) == "takes an out whose rows begin at multiples of 16 bytes"

@@ -140,7 +140,7 @@ def dequantize_problem(case: cases.Dequantize) -> tuple[ScaledTensor, torch.Tens
 @pytest.mark.parametrize("case", cases.DEQUANTIZE, ids=str)
 def test_dequantize(executor: executors.Executor, case: cases.Dequantize) -> None:
     x, expected = dequantize_problem(case)
-    out = cases.place(torch.zeros_like(expected), "padded")
+    out = cases.place(torch.zeros_like(expected), case.layout_out)
     executor(x, out)
     assert cases.only_written(out), "wrote outside of out"
     assert_same_bits(out, expected, "out")

@@ -19,7 +19,8 @@ from moekern.op import Device, Kernel, NotSupported, Op
 from moekern.ops import OPS
 
 HOPPER = "hopper"  # the feature that the hand-written kernels need, and their name
-_FOR_FEW_ROWS = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked", "fused_experts")
+_FOR_FEW_ROWS = ("fp8_gemm_nt", "m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_gemm_nt_masked")
+_TRITONS_ALONE = ("fused_experts",)
 
 
 def probe() -> list[Device] | str:
@@ -83,6 +84,8 @@ def register() -> None:
 
 def names(op: Op) -> list[str]:
     """Of the hand-written kernels of an op, best first."""
+    if op.name in _TRITONS_ALONE:
+        return []
     return [f"cuda.{HOPPER}{few}" for few in (("_stream", "") if op.name in _FOR_FEW_ROWS else ("",))]
 
 

@@ -21,7 +21,8 @@ constexpr int kMaxDevices = 64;
 constexpr unsigned kSharedWithoutAsking = 48 << 10;  // dynamic bytes that every kernel may have
 
 struct Function {
-  void* handle = nullptr;
+  explicit Function(void* of) : handle(of) {}
+  void* handle;
   std::atomic<unsigned> shared_bytes{kSharedWithoutAsking};
 };
 
@@ -110,18 +111,18 @@ class OnDevice {
     for (const Module* module : modules())
       for (const char* kernel : module->kernels)
         if (std::string_view(kernel) == name) {
-          Function& f = functions_[kernel];
-          if (!f.handle)
-            d_.check(d_.cuModuleGetFunction(&f.handle, loaded(*module), kernel), "cuModuleGetFunction of ", kernel,
-                     " in module ", module->name, " on device ", ordinal_);
-          return f;
+          if (const auto found = functions_.find(name); found != functions_.end()) return found->second;
+          void* handle;  // kept only where there was no error, whatever the driver has written
+          d_.check(d_.cuModuleGetFunction(&handle, loaded(*module), kernel), "cuModuleGetFunction of ", kernel,
+                   " in module ", module->name, " on device ", ordinal_);
+          return functions_.try_emplace(kernel, handle).first->second;
         }
     throw std::runtime_error(text("no module has a kernel named ", name));
   }
 
   void* loaded(const Module& m) {
-    void*& module = modules_[&m];
-    if (module) return module;
+    if (const auto found = modules_.find(&m); found != modules_.end()) return found->second;
+    void* module;
     const Uncaptured now(d_);
     const std::string ptx = d_.folder + m.name + ".ptx";
     if (std::ifstream file(ptx, std::ios::binary); file) {  // a driver with PTX beside it takes no cubins
@@ -131,7 +132,7 @@ class OnDevice {
       d_.check(d_.cuModuleLoadData(&module, m.image), "cuModuleLoadData of module ", m.name, " (", m.end - m.image,
                " bytes for sm_90a) on device ", ordinal_);
     }
-    return module;
+    return modules_[&m] = module;
   }
 
   void allow(Function& f, const Launch& what) {

@@ -68,6 +68,7 @@ class Dequantize:
     scale: str = "f32"
     out: str = "f32"
     layout: str = "rows"
+    layout_out: str = "padded"
     values: str = "codes"
 
     def __str__(self) -> str:
@@ -457,6 +458,14 @@ def _dequantize() -> Iterator[Dequantize]:
         yield Dequantize(19, 141, layout=layout)
     for values in ("tiny scales", "huge scales", "scales apart", "nan scales"):
         yield Dequantize(19, 300, values=values)
+    # As wide loads and stores want it: with and without an end that is no whole piece, with a scale in it or several.
+    for out in FLOATS:
+        for rows, cols in ((1, 4), (130, 272), (5, 141), (3, 4103)):
+            yield Dequantize(rows, cols, out=out, layout="aligned", layout_out="aligned")
+        for format in MAX:
+            yield Dequantize(19, 141, format, out=out, layout="aligned", layout_out="aligned", values="all codes")
+        for block in ((128, 1), (1, 12)):
+            yield Dequantize(19, 141, block=block, out=out, layout="aligned", layout_out="aligned")
 
 
 GEMM = tuple(_gemm())
