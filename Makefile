@@ -7,13 +7,17 @@
 #   make interpreted  every case of the Triton kernels in Triton's interpreter
 #   make sanitize   the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
-# All work in VENV, which they create. PYTEST takes more arguments: make test PYTEST="-k gemm -x".
+# All work in VENV, which they create. PYTEST takes more arguments: make test PYTEST="-k gemm -x". The native module has the
+# kernels for Hopper, and the tests what executes them, unless MOEKERN_CUDA=OFF.
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST ?=
+export MOEKERN_CUDA ?= ON
+export MOEKERN_EMULATOR ?= $(MOEKERN_CUDA)
 python := $(VENV)/bin/python
-native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
-cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
+native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' \
+  -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
+cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 unsanitized := triton machine_code launch warmup tuning on_device device_operands
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import compete
@@ -18,7 +21,8 @@ from measure import Contender, Samples, interleave
 from rich.console import Console
 from stock import Stock
 
-from moekern import fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
+from moekern import _C, Kernel, fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
+from moekern.op import Op
 
 PHASE = 12  # calls in a row, or pairs of calls in turns
 IMPORT = """
@@ -72,6 +76,36 @@ def launch_overhead() -> dict[str, Samples]:
         )
 
 
+def native_launch_overhead() -> dict[str, Samples]:
+    """Of a hand-written kernel for Hopper, up to a driver that does nothing. Empty where none is built."""
+    compiler = shutil.which("cc")
+    if "cuda" not in _C.native or compiler is None:
+        return {}
+    x, w = per_token_cast_to_fp8(torch.randn(16, 128)), per_block_cast_to_fp8(torch.randn(128, 128))
+    out = torch.empty(16, 128, dtype=torch.bfloat16)
+    op = Op(fp8_gemm_nt.reference, fp8_gemm_nt.prepare, "out")  # which has these kernels for what is in CPU memory
+    for name, _, run, refuses, _ in _C.native["cuda"]["kernels"]["fp8_gemm_nt"]:
+        op.add(Kernel(name, run, "cpu", refuses=refuses))
+    call = op.prepare(x, w, out=out)
+    run = op.kernels[0].run
+    with tempfile.TemporaryDirectory() as folder:
+        driver = Path(folder, "driver.so")
+        source = Path(__file__).with_name("stub_driver.c")
+        subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", driver, source], check=True)
+        _C.native["cuda"]["use_driver"](str(driver))
+        try:
+            return interleave(
+                [
+                    Contender("fp8_gemm_nt(x, w, out=out) by cuda.hopper", lambda turn: op(x, w, out=out)),
+                    Contender("its launch", lambda turn: run(*call)),
+                ],
+                budget=0.3,
+                most=301,
+            )
+        finally:
+            _C.native["cuda"]["use_driver"](None)
+
+
 def import_time(times: int) -> Samples:
     """What `import moekern` adds to `import torch`, in fresh processes."""
     found = [
@@ -123,7 +157,7 @@ def run(console: Console, stock: Stock, effort: Effort, quick: bool) -> tuple[di
     calls = call_overhead()
     for name, samples in calls.items():
         table.add_row(f"{name}, M=1 N=K=128", report.duration(samples.median), report.spread(samples))
-    launches = launch_overhead()
+    launches = {**launch_overhead(), **native_launch_overhead()}
     for name, samples in launches.items():
         table.add_row(f"{name}, sm_90, no driver", report.duration(samples.median), report.spread(samples))
     imported = import_time(3 if quick else 7)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import emulated
 import executors
 import interpreted  # noqa: F401  # before any test imports Triton: it says how
 import on_device
@@ -86,5 +87,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name in remote.LAUNCHERS:
         if reason := remote.why_not(name):
             terminalreporter.line(f"no kernels of {name}: {reason}")
+    if reason := emulated.absent():
+        terminalreporter.line(f"no hand-written kernels of {emulated.TARGET}: {reason}")
     for problem in missing_kernels():
         terminalreporter.line(f"ERROR {problem}", red=True)

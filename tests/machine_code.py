@@ -295,6 +295,20 @@ def from_sass(
     )
 
 
+_SASS_KERNEL = re.compile(r"^\s*\.section\s+\.text\.(\w+)", re.MULTILINE)
+_KERNEL_RESOURCES = re.compile(r"Function (\w+):\s*(.*)")
+
+
+def of_module(cubin: bytes, target: str, warps: int) -> dict[str, MachineCode]:
+    """Of every kernel of a module, by its name."""
+    sass, resources = disassemble(cubin)
+    parts = _SASS_KERNEL.split(sass)[1:]
+    used = dict(_KERNEL_RESOURCES.findall(resources))
+    return {
+        name: from_sass(target, text, used[name], warps) for name, text in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
 # ---- AMD
 
 _AMD_LINE = re.compile(r"\s+(?P<mnemonic>(s|v|ds|buffer|tbuffer|global|flat|scratch)_\w+)\s*(?P<operands>[^;]*)")

@@ -80,7 +80,9 @@ def cast_problem(op: moekern.Op, case: cases.Cast) -> tuple[torch.Tensor, Scaled
 )
 def test_cast(executor: executors.Executor, case: cases.Cast) -> None:
     x, expected = cast_problem(executor.op, case)
-    out = ScaledTensor(cases.place(expected.data, "padded"), cases.place(expected.scale, "columns"), expected.block)
+    out = ScaledTensor(
+        cases.place(expected.data, case.layout_out), cases.place(expected.scale, "columns"), expected.block
+    )
     out.data.view(torch.uint8).fill_(0x55)
     out.scale.fill_(-1)
     executor(x, case.format, case.round_scale_up, out)
@@ -138,7 +140,7 @@ def dequantize_problem(case: cases.Dequantize) -> tuple[ScaledTensor, torch.Tens
 @pytest.mark.parametrize("case", cases.DEQUANTIZE, ids=str)
 def test_dequantize(executor: executors.Executor, case: cases.Dequantize) -> None:
     x, expected = dequantize_problem(case)
-    out = cases.place(torch.zeros_like(expected), "padded")
+    out = cases.place(torch.zeros_like(expected), case.layout_out)
     executor(x, out)
     assert cases.only_written(out), "wrote outside of out"
     assert_same_bits(out, expected, "out")

@@ -52,7 +52,9 @@ def gemm_kernel(
         b_tiles = tl.make_tensor_descriptor(b, [n, k], [b_row, 1], [COLUMNS, STEP])
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = rasterised(tile, tiles_m, tiles_n, GROUP)
-        i = (tile_m * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        # not `tile_m * ROWS`, which is the tile's row in its descriptor: where warps are specialised, each half of them
+        # loads half of the rows, and Triton (3.9) adds the half's first row to that number wherever it is used
+        i = tile_m.to(tl.int64) * ROWS + tl.arange(0, ROWS)
         j = (tile_n * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
         # rows past the end are read as the last one, and not stored
         row, column = tl.minimum(i, m - 1), tl.minimum(j, n - 1)

@@ -26,6 +26,8 @@ const char* grouped_refuses(const GroupedGemmProblem& p) {
   return grouped_refuses(kIsa, p);
 }
 template <const GemmPair& kIsa> void run_grouped(const GroupedGemmProblem& p) { gemm_grouped(kIsa, p); }
+template <const GemmPair& kIsa>
+constexpr Routine<GroupedGemmProblem> grouped{run_grouped<kIsa>, grouped_refuses<kIsa>};
 template <const GemmIsa& kIsa> void run_cast(const CastProblem& p) { cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_silu_mul_cast(const CastProblem& p) { silu_mul_cast_to_fp8(*kIsa.rows, p); }
 template <const GemmIsa& kIsa> void run_dequantize(const CastProblem& p) { dequantize(*kIsa.rows, p); }
@@ -53,33 +55,37 @@ template <const LimitIsa& kIsa> void run_copy(const char* src, int64_t bytes, ch
 #include "cpu/kernels.inc"
 
 constexpr GemmKernel kGemm[] = {
-#define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, stream_refuses<k_##ISA>, run_stream<k_##ISA>},
-#define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, packed_refuses<k_##ISA>, run_packed<k_##ISA>},
+#define MOEKERN_STREAM(ISA, NEEDS) {"cpu." #ISA "_stream", NEEDS, {run_stream<k_##ISA>, stream_refuses<k_##ISA>}},
+#define MOEKERN_PACKED(ISA, NEEDS) {"cpu." #ISA, NEEDS, {run_packed<k_##ISA>, packed_refuses<k_##ISA>}},
 #include "cpu/kernels.inc"
 };
 
+// Gradients, as k-grouped products have them, are not contiguous along k, as a streaming GEMM's weights have to be.
 constexpr GroupedGemmKernel kGroupedGemm[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
-  {"cpu." #NAME, NEEDS, grouped_refuses<k_pair_##NAME>, run_grouped<k_pair_##NAME>},
+  {"cpu." #NAME, NEEDS, grouped<k_pair_##NAME>, STREAM ? Routine<GroupedGemmProblem>{} : grouped<k_pair_##NAME>},
 #include "cpu/kernels.inc"
 };
 
 constexpr CastKernel kCast[] = {
 #define MOEKERN_CAST(ISA, NEEDS) \
-  {"cpu." #ISA, NEEDS, run_cast<k_##ISA>, run_silu_mul_cast<k_##ISA>, run_dequantize<k_##ISA>},
+  {"cpu." #ISA, NEEDS, {run_cast<k_##ISA>}, {run_silu_mul_cast<k_##ISA>}, {run_dequantize<k_##ISA>}},
 #include "cpu/kernels.inc"
 };
 
 constexpr RoutingKernel kRouting[] = {
-#define MOEKERN_ROUTING(ISA, NEEDS)                                                      \
-  {"cpu." #ISA, NEEDS, run_gate<k_##ISA, k_routing_##ISA>, run_permute<k_routing_##ISA>, \
-   run_unpermute<k_routing_##ISA>},
+#define MOEKERN_ROUTING(ISA, NEEDS)      \
+  {"cpu." #ISA,                          \
+   NEEDS,                                \
+   {run_gate<k_##ISA, k_routing_##ISA>}, \
+   {run_permute<k_routing_##ISA>},       \
+   {run_unpermute<k_routing_##ISA>}},
 #include "cpu/kernels.inc"
 };
 
 constexpr ExpertsKernel kExperts[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
-  {"cpu." #NAME, NEEDS, experts_refuse<k_pair_##NAME>, run_experts<k_pair_##NAME>, experts_workspace_bytes},
+  {"cpu." #NAME, NEEDS, {run_experts<k_pair_##NAME>, experts_refuse<k_pair_##NAME>}, experts_workspace_bytes},
 #include "cpu/kernels.inc"
 };
 

@@ -4,6 +4,8 @@
 namespace moekern {
 namespace {
 
+constexpr const char *kSiluMul = "silu_mul_cast_to_fp8", *kDequantize = "dequantize";
+
 // (x, out) for a cast to FP8: out is allocated here when it is None.
 py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::object format, int64_t block_rows,
                        int64_t block_cols, bool gated) {
@@ -38,63 +40,70 @@ py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::
 }
 
 py::tuple prepare_dequantize(py::object x, py::object out, py::object out_dtype) {
-  constexpr const char* kName = "dequantize";
-  const Scaled s = scaled(kName, "x", x);
+  const Scaled s = scaled(kDequantize, "x", x);
   CastProblem p;
   p.q = s.data;
   p.scale = s.grid;
   if (out.is_none())
-    out = allocate(x.attr("data"), s.device, {s.data.rows, s.data.cols}, dtype_argument(kName, out_dtype, Dtype::f32));
-  p.x = matrix(kName, "out", out, s.device);
-  check_plain(kName, "out", out);
-  const Dtype wanted = dtype_argument(kName, out_dtype, p.x.dtype);
-  check<TypeError>(wanted == p.x.dtype, kName, ": out has dtype ", name_of(p.x.dtype), " but out_dtype is ",
+    out = allocate(x.attr("data"), s.device, {s.data.rows, s.data.cols},
+                   dtype_argument(kDequantize, out_dtype, Dtype::f32));
+  p.x = matrix(kDequantize, "out", out, s.device);
+  check_plain(kDequantize, "out", out);
+  const Dtype wanted = dtype_argument(kDequantize, out_dtype, p.x.dtype);
+  check<TypeError>(wanted == p.x.dtype, kDequantize, ": out has dtype ", name_of(p.x.dtype), " but out_dtype is ",
                    name_of(wanted));
-  check_cast(kName, p, false, false);
+  check_cast(kDequantize, p, false, false);
   return py::make_tuple(std::move(x), std::move(out));
 }
 
-void run_cast(void (*run)(const CastProblem&), const char* op, py::handle x, py::handle q, bool round_scale_up) {
+CastProblem cast_problem(const char* op, py::handle x, py::handle q, int* device) {
   const Scaled s = scaled(op, "out", q);
   CastProblem p;
   p.x = view(op, "x", x).matrix;
   p.q = s.data;
   p.scale = s.grid;
-  p.round_scale_up = round_scale_up;
-  if (p.q.rows == 0 || p.q.cols == 0) return;
-  p.threads = threads_for(p.q.rows * p.q.cols * 2);
-  py::gil_scoped_release release;
-  run(p);
+  *device = s.device;
+  return p;
 }
 
-void run_dequantize(void (*run)(const CastProblem&), py::handle x, py::handle out) {
-  const Scaled s = scaled("dequantize", "x", x);
-  CastProblem p;
-  p.x = view("dequantize", "out", out).matrix;
-  p.q = s.data;
-  p.scale = s.grid;
+void run_cast(const Routine<CastProblem>& routine, CastProblem p, int device) {
   if (p.q.rows == 0 || p.q.cols == 0) return;
   p.threads = threads_for(p.q.rows * p.q.cols * 2);
-  py::gil_scoped_release release;
-  run(p);
+  run_routine(routine, p, device);
 }
 
 }  // namespace
 
-// [(name, needs, cast, silu_mul_cast, dequantize)]
-py::list cast_rows(const Backend& backend) {
-  py::list rows;
+void cast_rows(const Backend& backend, KernelRows& rows) {
   for (const CastKernel& k : backend.cast) {
-    const auto bind = [](void (*run)(const CastProblem&), const char* op) {
-      return py::cpp_function(
-          [run, op](py::handle x, py::handle q, bool round_scale_up) { run_cast(run, op, x, q, round_scale_up); });
+    const py::object needs = names_of(k.needs, backend.features);
+    for (const auto& [name, routine] : {std::pair{"per_token_cast_to_fp8", &k.cast},
+                                        {"per_block_cast_to_fp8", &k.cast},
+                                        {"per_channel_cast_to_fp8", &k.cast},
+                                        {kSiluMul, &k.silu_mul_cast}}) {
+      const auto run = [op = name, routine = routine](py::handle x, py::handle, bool round_scale_up, py::handle out) {
+        int device;
+        CastProblem p = cast_problem(op, x, out, &device);
+        p.round_scale_up = round_scale_up;
+        run_cast(*routine, p, device);
+      };
+      const auto refuses = [op = name, routine = routine](py::handle x, py::handle, bool, py::handle out) {
+        int device;
+        return refusal(*routine, cast_problem(op, x, out, &device));
+      };
+      add_row(rows, name, k.name, needs, *routine, run, refuses);
+    }
+    const auto run = [&k](py::handle x, py::handle out, py::handle) {
+      int device;
+      const CastProblem p = cast_problem(kDequantize, out, x, &device);
+      run_cast(k.dequantize, p, device);
     };
-    rows.append(py::make_tuple(
-        k.name, names_of(k.needs, backend.features), bind(k.cast, "cast_to_fp8"),
-        bind(k.silu_mul_cast, "silu_mul_cast_to_fp8"),
-        py::cpp_function([run = k.dequantize](py::handle x, py::handle out) { run_dequantize(run, x, out); })));
+    const auto refuses = [&k](py::handle x, py::handle out, py::handle) {
+      int device;
+      return refusal(k.dequantize, cast_problem(kDequantize, out, x, &device));
+    };
+    add_row(rows, kDequantize, k.name, needs, k.dequantize, run, refuses);
   }
-  return rows;
 }
 
 void bind_casts(py::module_& m) {

@@ -125,10 +125,10 @@ ExpertsProblem problem_of(const py::tuple& call, int* device) {
   return p;
 }
 
-ExpertsProblem problem_with_output(const py::tuple& call) {
-  int device;
-  ExpertsProblem p = problem_of(call, &device);
-  p.out = matrix(kExperts, "out", call[kOut], device);
+ExpertsProblem problem_with_output(const py::tuple& call, int* device) {
+  ExpertsProblem p = problem_of(call, device);
+  p.out = matrix(kExperts, "out", call[kOut], *device);
+  p.expert_map = optional_matrix(kExperts, "expert_map", call[kMap], *device, 1);
   return p;
 }
 
@@ -181,37 +181,43 @@ py::tuple prepare_experts(py::args arguments) {
 }
 
 void run_experts(const ExpertsKernel& kernel, const py::tuple& call) {
-  ExpertsProblem p = problem_with_output(call);
+  int device;
+  ExpertsProblem p = problem_with_output(call, &device);
   if (p.out.rows == 0 || p.out.cols == 0) return;
+  const int64_t bytes = p.workspace || kernel.needs_workspace ? kernel.workspace_bytes(p) : 0;
+  py::object memory;  // queued work may still use it when it is freed: whoever has it next does so behind that
   if (p.workspace) {
-    const int64_t bytes = kernel.workspace_bytes(p);
     check(p.workspace.cols >= bytes, kExperts, ": workspace has ", p.workspace.cols, " bytes; ", kernel.name, " needs ",
           bytes);
+  } else if (bytes) {
+    memory = allocate(call[kOut], device, {bytes}, Dtype::u8);
+    p.workspace = matrix(kExperts, "workspace", memory, device, 1);
   }
   const auto weights = [&](const Expert& e) { return 3 * e.gate.count * p.hidden(); };
   const int64_t slots = p.tokens() * p.top_k(), hit = std::min(slots, p.num_experts);
   int64_t work = hit * weights(p.experts[0]) * (1 + slots / std::max<int64_t>(4 * hit, 1));
   if (p.num_shared) work += p.num_shared * weights(p.shared[0]) * (1 + p.tokens() / 4);
   p.threads = threads_for(work);
-  py::gil_scoped_release release;
-  kernel.run(p);
+  run_routine(kernel.experts, p, device);
 }
 
 }  // namespace
 
-// [(name, needs, run, refuses, workspace)]
-py::list experts_rows(const Backend& backend) {
-  py::list rows;
+void experts_rows(const Backend& backend, KernelRows& rows) {
   for (const ExpertsKernel& k : backend.experts) {
-    rows.append(py::make_tuple(
-        k.name, names_of(k.needs, backend.features), py::cpp_function([&k](py::args call) { run_experts(k, call); }),
-        py::cpp_function([&k](py::args call) -> py::object {
-          const char* reason = k.refuses(problem_with_output(call));
-          return reason ? py::object(py::str(reason)) : py::object(py::none());
-        }),
-        py::cpp_function([&k](py::args call) { return k.workspace_bytes(problem_with_output(call)); })));
+    const auto workspace = [&k](py::args call) {
+      int device;
+      return k.workspace_bytes(problem_with_output(call, &device));
+    };
+    add_row(
+        rows, kExperts, k.name, names_of(k.needs, backend.features), k.experts,
+        [&k](py::args call) { run_experts(k, call); },
+        [&k](py::args call) {
+          int device;
+          return refusal(k.experts, problem_with_output(call, &device));
+        },
+        k.workspace_bytes ? py::object(py::cpp_function(workspace)) : py::object(py::none()));
   }
-  return rows;
 }
 
 void bind_experts(py::module_& m) {

@@ -34,15 +34,17 @@ GemmProblem gemm_problem(py::handle a, py::handle b, py::handle c, py::handle bi
 struct Prepared {
   std::array<PyObject*, 5> operands{};
   GemmProblem problem;
+  int device = 0;
 };
 thread_local Prepared prepared;
 
-GemmProblem problem_of(py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
-  if (prepared.operands == std::array<PyObject*, 5>{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()})
+GemmProblem problem_of(py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, int* device) {
+  if (prepared.operands == std::array<PyObject*, 5>{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()}) {
+    *device = prepared.device;
     return prepared.problem;
-  int device;
-  GemmProblem p = gemm_problem(a, b, c, bias, &device);
-  p.out = matrix(kGemm, "out", out, device);
+  }
+  GemmProblem p = gemm_problem(a, b, c, bias, device);
+  p.out = matrix(kGemm, "out", out, *device);
   return p;
 }
 
@@ -69,39 +71,38 @@ py::tuple prepare_gemm(py::object a, py::object b, py::object c, py::object bias
     check<TypeError>(wanted == p.out.dtype, kGemm, ": out has dtype ", name_of(p.out.dtype), " but out_dtype is ",
                      name_of(wanted));
   }
-  prepared = {{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()}, p};
+  prepared = {{a.ptr(), b.ptr(), c.ptr(), bias.ptr(), out.ptr()}, p, device};
   return py::make_tuple(std::move(a), std::move(b), std::move(c), std::move(bias), std::move(out), py::none());
 }
 
 void run_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out) {
-  GemmProblem p = problem_of(a, b, c, bias, out);
+  int device;
+  GemmProblem p = problem_of(a, b, c, bias, out, &device);
   prepared.operands = {};
   if (p.m() == 0 || p.n() == 0) return;
   p.threads = threads_for(p.n() * std::max<int64_t>(p.k(), 1) * (1 + p.m() / 4));
-  py::gil_scoped_release release;
-  kernel.run(p);
+  run_routine(kernel.gemm, p, device);
 }
 
 py::object refuse_gemm(const GemmKernel& kernel, py::handle a, py::handle b, py::handle c, py::handle bias,
                        py::handle out) {
-  const char* reason = kernel.refuses(problem_of(a, b, c, bias, out));
-  return reason ? py::object(py::str(reason)) : py::object(py::none());
+  int device;
+  return refusal(kernel.gemm, problem_of(a, b, c, bias, out, &device));
 }
 
 }  // namespace
 
-// [(name, needs, run, refuses)]
-py::list gemm_rows(const Backend& backend) {
-  py::list rows;
+void gemm_rows(const Backend& backend, KernelRows& rows) {
   for (const GemmKernel& k : backend.gemm) {
-    py::cpp_function run([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
-      run_gemm(k, a, b, c, bias, out);
-    });
-    py::cpp_function refuses([&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out,
-                                  py::handle) { return refuse_gemm(k, a, b, c, bias, out); });
-    rows.append(py::make_tuple(k.name, names_of(k.needs, backend.features), run, refuses));
+    add_row(
+        rows, kGemm, k.name, names_of(k.needs, backend.features), k.gemm,
+        [&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
+          run_gemm(k, a, b, c, bias, out);
+        },
+        [&k](py::handle a, py::handle b, py::handle c, py::handle bias, py::handle out, py::handle) {
+          return refuse_gemm(k, a, b, c, bias, out);
+        });
   }
-  return rows;
 }
 
 void bind_gemm(py::module_& m) { m.def("prepare_gemm", &prepare_gemm); }

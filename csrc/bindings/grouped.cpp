@@ -118,13 +118,12 @@ Rows rows_operand(const char* op, const char* name, py::handle object, int dimen
 }
 
 struct Layout {
-  const int64_t *starts, *counts;  // null where the host may not look
+  const int64_t *starts, *counts;
   int64_t groups, rows, capacity;  // a negative capacity: contiguous
-
-  bool known() const { return counts; }
+  bool known;                      // whether the host may look
 
   bool covers_all() const {
-    if (!known()) return false;
+    if (!known) return false;
     int64_t covered = 0;
     for (int64_t g = 0; g < groups; ++g) covered += counts[g];
     return covered == rows;
@@ -145,15 +144,12 @@ Layout layout(const char* op, py::handle object, int device) {
   const Matrix starts = matrix(op, "layout.starts", object.attr(kStarts), device, 1);
   const Matrix counts = matrix(op, "layout.counts", object.attr(kCounts), device, 1);
   const py::object capacity = object.attr(kCapacity);
-  Layout l{row_numbers(op, "layout.starts", starts), row_numbers(op, "layout.counts", counts), counts.cols,
-           object.attr(kRows).cast<int64_t>(), capacity.is_none() ? -1 : capacity.cast<int64_t>()};
+  Layout l{
+      row_numbers(op, "layout.starts", starts), row_numbers(op, "layout.counts", counts),           counts.cols,
+      object.attr(kRows).cast<int64_t>(),       capacity.is_none() ? -1 : capacity.cast<int64_t>(), readable(device)};
   check(starts.cols == counts.cols, op, ": layout.starts has ", starts.cols, " elements and layout.counts ",
         counts.cols);
-  if (readable(device)) {
-    check_layout(op, ": layout.", l.starts, l.counts, l.groups, l.rows, 1, l.capacity);
-  } else {
-    l.starts = l.counts = nullptr;
-  }
+  if (l.known) check_layout(op, ": layout.", l.starts, l.counts, l.groups, l.rows, 1, l.capacity);
   return l;
 }
 
@@ -167,16 +163,28 @@ void check_new_layout(py::handle starts, py::handle counts, int64_t rows, int64_
 // ---- problems ----------------------------------------------------------------------------------------
 
 // One call, as prepare_* has read it, for the `refuses` and `run` that op.py calls next with the same objects.
-// `run` takes it away, so it never outlives its call. Only of layouts that are known: others have no list of groups.
+// `run` takes it away, so it never outlives its call. Layouts that are not known have no list of groups.
 struct Call {
   std::array<PyObject*, 5> operands{};
   GroupedGemmProblem problem;
   std::vector<Group> groups;
+  int device = 0;
 
+  void begin(const GemmProblem& shared, const Layout& l, int where) {
+    problem = {};
+    problem.shared = shared;
+    problem.there.starts = l.starts;
+    problem.there.counts = l.counts;
+    problem.there.count = l.groups;
+    problem.there.rows = l.rows;
+    problem.there.capacity = l.capacity;
+    groups.clear();
+    device = where;
+  }
   void add(const Group& g) { groups.push_back(g); }
   void finish(std::array<PyObject*, 5> of) {
     operands = of;
-    problem.groups = groups.data();
+    problem.groups = readable(device) ? groups.data() : nullptr;
     problem.count = static_cast<int64_t>(groups.size());
   }
 };
@@ -256,10 +264,17 @@ struct MGrouped {
   }
 
   void fill(Call& call, const Stack& out) const {
-    GemmProblem& p = call.problem.shared = shared();
+    call.begin(shared(), l, b.device);
+    GemmProblem& p = call.problem.shared;
     p.out = out.matrix;
-    call.groups.clear();
-    for (int64_t g = 0; g < l.groups; ++g) {
+    GroupsThere& there = call.problem.there;
+    there.a = a.data;
+    there.sa = a.scale;
+    there.b = b.table ? Stack{b.data} : b.data_stack;
+    there.sb = b.table ? Stack{b.grid.values} : b.scale_stack;
+    there.separate_weights = b.table;
+    there.out = out;
+    for (int64_t g = 0; l.known && g < l.groups; ++g) {
       const int64_t rows = l.counts[g], first = masked ? 0 : l.starts[g], at = masked ? g : 0;
       if (rows == 0 || b.data.rows == 0) continue;
       const auto begin = [&](const Stack& s, int64_t row) {
@@ -296,10 +311,8 @@ py::tuple prepare_m_grouped(bool masked, py::object a, py::object b, py::object 
     check_apart_from_operands(op, d, operands.a, operands.b);
     check_out_dtype(op, out_dtype, d.matrix.dtype);
   }
-  if (operands.l.known()) {
-    operands.fill(current, d);
-    current.finish({a.ptr(), b.ptr(), layout.ptr(), nullptr, out.ptr()});
-  }
+  operands.fill(current, d);
+  current.finish({a.ptr(), b.ptr(), layout.ptr(), nullptr, out.ptr()});
   return py::make_tuple(std::move(a), std::move(b), std::move(layout), std::move(out), py::none());
 }
 
@@ -359,11 +372,18 @@ struct KGrouped {
   }
 
   void fill(Call& call, const Stack& out) const {
-    GemmProblem& p = call.problem.shared = shared();
+    call.begin(shared(), l, device);
+    GemmProblem& p = call.problem.shared;
     p.out = out.matrix;
+    GroupsThere& there = call.problem.there;
+    there.a = a.data;
+    there.sa = a.scale;
+    there.b = b.data;
+    there.sb = b.scale;
+    there.c = c;
+    there.out = out;
+    if (!l.known || m() == 0 || n() == 0) return;
     p.a.cols = p.b.cols = 0;
-    call.groups.clear();
-    if (m() == 0 || n() == 0) return;
     for (int64_t g = 0; g < l.groups; ++g) {
       const int64_t k = l.counts[g], first = k ? l.starts[g] : 0;
       p.a.cols = p.b.cols = std::max(p.a.cols, k);
@@ -399,10 +419,8 @@ py::tuple prepare_k_grouped(py::object a, py::object b, py::object layout, py::o
     if (!in_place) check_apart(kKGrouped, "out", whole, "c", addend);
     check_out_dtype(kKGrouped, out_dtype, d.matrix.dtype);
   }
-  if (operands.l.known()) {
-    operands.fill(current, d);
-    current.finish({a.ptr(), b.ptr(), layout.ptr(), c.ptr(), out.ptr()});
-  }
+  operands.fill(current, d);
+  current.finish({a.ptr(), b.ptr(), layout.ptr(), c.ptr(), out.ptr()});
   return py::make_tuple(std::move(a), std::move(b), std::move(layout), std::move(c), std::move(out), py::none());
 }
 
@@ -419,57 +437,49 @@ const GroupedGemmProblem& k_grouped_problem(py::handle a, py::handle b, py::hand
 
 // ---- kernels -----------------------------------------------------------------------------------------
 
-void run_grouped(const GroupedGemmKernel& kernel, const GroupedGemmProblem& problem) {
+// Whether no group can have anything to compute.
+bool nothing_to_do(const GroupedGemmProblem& p) {
+  return p.groups ? p.count == 0 : p.there.count == 0 || p.shared.out.rows == 0 || p.shared.out.cols == 0;
+}
+
+void run_grouped(const Routine<GroupedGemmProblem>& routine, const GroupedGemmProblem& problem) {
   GroupedGemmProblem p = problem;
   current.operands = {};
-  if (p.count == 0) return;
+  if (nothing_to_do(p)) return;
   int64_t work = 0;
   for (int64_t g = 0; g < p.count; ++g)
     work += p.shared.n() * std::max<int64_t>(p.groups[g].k, 1) * (1 + p.groups[g].m / 4);
   p.threads = threads_for(work);
-  py::gil_scoped_release release;
-  kernel.run(p);
+  run_routine(routine, p, current.device);
 }
 
-py::object refuse_grouped(const GroupedGemmKernel& kernel, const GroupedGemmProblem& problem) {
-  const char* reason = problem.count ? kernel.refuses(problem) : nullptr;
-  return reason ? py::object(py::str(reason)) : py::object(py::none());
-}
-
-// (run, refuses)
-py::tuple m_grouped_row(const GroupedGemmKernel& kernel, const char* op) {
-  return py::make_tuple(
-      py::cpp_function([&kernel, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
-        run_grouped(kernel, m_grouped_problem(op, a, b, layout, out));
-      }),
-      py::cpp_function([&kernel, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
-        return refuse_grouped(kernel, m_grouped_problem(op, a, b, layout, out));
-      }));
-}
-
-py::tuple k_grouped_row(const GroupedGemmKernel& kernel) {
-  return py::make_tuple(
-      py::cpp_function([&kernel](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out,
-                                 py::handle) { run_grouped(kernel, k_grouped_problem(a, b, layout, c, out)); }),
-      py::cpp_function(
-          [&kernel](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out, py::handle) {
-            return refuse_grouped(kernel, k_grouped_problem(a, b, layout, c, out));
-          }));
+py::object refuse_grouped(const Routine<GroupedGemmProblem>& routine, const GroupedGemmProblem& problem) {
+  return nothing_to_do(problem) ? py::object(py::none()) : refusal(routine, problem);
 }
 
 }  // namespace
 
-// [(name, needs, {op: (run, refuses)})]
-py::list grouped_rows(const Backend& backend) {
-  py::list rows;
+void grouped_rows(const Backend& backend, KernelRows& rows) {
   for (const GroupedGemmKernel& k : backend.grouped_gemm) {
-    py::dict calls;
-    calls[kContiguous] = m_grouped_row(k, kContiguous);
-    calls[kMasked] = m_grouped_row(k, kMasked);
-    calls[kKGrouped] = k_grouped_row(k);
-    rows.append(py::make_tuple(k.name, names_of(k.needs, backend.features), calls));
+    const py::object needs = names_of(k.needs, backend.features);
+    for (const char* op : {kContiguous, kMasked})
+      add_row(
+          rows, op, k.name, needs, k.m_grouped,
+          [&k, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
+            run_grouped(k.m_grouped, m_grouped_problem(op, a, b, layout, out));
+          },
+          [&k, op](py::handle a, py::handle b, py::handle layout, py::handle out, py::handle) {
+            return refuse_grouped(k.m_grouped, m_grouped_problem(op, a, b, layout, out));
+          });
+    add_row(
+        rows, kKGrouped, k.name, needs, k.k_grouped,
+        [&k](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out, py::handle) {
+          run_grouped(k.k_grouped, k_grouped_problem(a, b, layout, c, out));
+        },
+        [&k](py::handle a, py::handle b, py::handle layout, py::handle c, py::handle out, py::handle) {
+          return refuse_grouped(k.k_grouped, k_grouped_problem(a, b, layout, c, out));
+        });
   }
-  return rows;
 }
 
 void bind_grouped(py::module_& m) {

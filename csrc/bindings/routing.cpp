@@ -47,21 +47,27 @@ py::tuple prepare_gate(py::handle logits, int64_t topk, bool sigmoid, py::handle
 // A row's scores and selection take about as long as decoding 16 weights an expert.
 constexpr int64_t kGateWork = 16;
 
-void run_gate(const RoutingKernel& kernel, py::handle logits, bool sigmoid, py::handle correction_bias, int64_t groups,
-              int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value, py::handle weights,
-              py::handle ids) {
+// The parameters of `moe_gate`, in order, to where a problem has them.
+struct GateCall {
+  GateProblem problem;
   int device;
-  const Matrix chosen = view(kGate, "out.ids", ids).matrix;
-  GateProblem p = gate_problem(logits, chosen.cols, sigmoid, correction_bias, groups, kept_groups, &device);
-  p.renormalize = renormalize;
-  p.routed_scaling_factor = routed_scaling_factor;
-  p.mask_value = mask_value;
-  p.weights = view(kGate, "out.weights", weights).matrix;
-  p.ids = chosen;
+
+  GateCall(py::handle logits, int64_t topk, const std::string& scoring, py::handle correction_bias, int64_t groups,
+           int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value, const py::tuple& out)
+      : problem(gate_problem(logits, topk, scoring == "sigmoid", correction_bias, groups, kept_groups, &device)) {
+    problem.renormalize = renormalize;
+    problem.routed_scaling_factor = routed_scaling_factor;
+    problem.mask_value = mask_value;
+    problem.weights = view(kGate, "out.weights", out[0]).matrix;
+    problem.ids = view(kGate, "out.ids", out[1]).matrix;
+  }
+};
+
+void run_gate(const RoutingKernel& kernel, GateCall call) {
+  GateProblem& p = call.problem;
   if (p.logits.rows == 0) return;
   p.threads = threads_for(p.logits.rows * p.logits.cols * kGateWork);
-  py::gil_scoped_release release;
-  kernel.gate(p);
+  run_routine(kernel.gate, p, call.device);
 }
 
 // ---- permute -----------------------------------------------------------------------------------------
@@ -127,17 +133,24 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   return py::make_tuple(std::move(moved), std::move(inverse), std::move(starts), std::move(counts));
 }
 
+PermuteProblem permute_problem(py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
+                               const py::tuple& out, int* device) {
+  static const py::object kStarts = interned("starts"), kCounts = interned("counts");
+  PermuteProblem p = permute_problem(x, ids, expert_map, alignment, device);
+  const py::object layout = out[1];
+  read_rows("out.x", out[0], &p.out, &p.sout, device);
+  p.inverse = view(kPermute, "out.inverse", out[2]).matrix;
+  p.starts = view(kPermute, "starts", layout.attr(kStarts), 1).matrix;
+  p.counts = view(kPermute, "counts", layout.attr(kCounts), 1).matrix;
+  return p;
+}
+
 void run_permute(const RoutingKernel& kernel, py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
-                 py::handle out_x, py::handle inverse, py::handle starts, py::handle counts) {
+                 const py::tuple& out) {
   int device;
-  PermuteProblem p = permute_problem(x, ids, expert_map, alignment, &device);
-  read_rows("out.x", out_x, &p.out, &p.sout, &device);
-  p.inverse = view(kPermute, "out.inverse", inverse).matrix;
-  p.starts = view(kPermute, "starts", starts, 1).matrix;
-  p.counts = view(kPermute, "counts", counts, 1).matrix;
+  PermuteProblem p = permute_problem(x, ids, alignment, expert_map, out, &device);
   p.threads = threads_for(p.ids.rows * p.ids.cols * p.x.cols * size_of(p.x.dtype));
-  py::gil_scoped_release release;
-  kernel.permute(p);
+  run_routine(kernel.permute, p, device);
 }
 
 // ---- unpermute ---------------------------------------------------------------------------------------
@@ -171,38 +184,59 @@ py::object prepare_unpermute(py::handle y, py::handle inverse, py::handle weight
   return out;
 }
 
+UnpermuteProblem unpermute_problem(py::handle y, py::handle inverse, py::handle weights, py::handle out, int* device) {
+  UnpermuteProblem p = unpermute_problem(y, inverse, weights, device);
+  p.out = view(kUnpermute, "out", out).matrix;
+  return p;
+}
+
 void run_unpermute(const RoutingKernel& kernel, py::handle y, py::handle inverse, py::handle weights, py::handle out) {
   int device;
-  UnpermuteProblem p = unpermute_problem(y, inverse, weights, &device);
-  p.out = view(kUnpermute, "out", out).matrix;
+  UnpermuteProblem p = unpermute_problem(y, inverse, weights, out, &device);
   if (p.out.rows == 0 || p.out.cols == 0) return;
   p.threads = threads_for(p.out.rows * p.out.cols * (p.inverse.cols * size_of(p.y.dtype) + 4));
-  py::gil_scoped_release release;
-  kernel.unpermute(p);
+  run_routine(kernel.unpermute, p, device);
 }
 
 }  // namespace
 
-// [(name, needs, gate, permute, unpermute)]
-py::list routing_rows(const Backend& backend) {
-  py::list rows;
+void routing_rows(const Backend& backend, KernelRows& rows) {
   for (const RoutingKernel& k : backend.routing) {
-    py::cpp_function gate([&k](py::handle logits, bool sigmoid, py::handle correction_bias, int64_t groups,
-                               int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value,
-                               py::handle weights, py::handle ids) {
-      run_gate(k, logits, sigmoid, correction_bias, groups, kept_groups, renormalize, routed_scaling_factor, mask_value,
-               weights, ids);
-    });
-    py::cpp_function permute([&k](py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
-                                  py::handle out_x, py::handle inverse, py::handle starts, py::handle counts) {
-      run_permute(k, x, ids, alignment, expert_map, out_x, inverse, starts, counts);
-    });
-    py::cpp_function unpermute([&k](py::handle y, py::handle inverse, py::handle weights, py::handle out, py::handle) {
-      run_unpermute(k, y, inverse, weights, out);
-    });
-    rows.append(py::make_tuple(k.name, names_of(k.needs, backend.features), gate, permute, unpermute));
+    const py::object needs = names_of(k.needs, backend.features);
+    add_row(
+        rows, kGate, k.name, needs, k.gate,
+        [&k](py::handle logits, int64_t topk, const std::string& scoring, py::handle bias, int64_t groups,
+             int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value,
+             const py::tuple& out) {
+          run_gate(k, GateCall(logits, topk, scoring, bias, groups, kept_groups, renormalize, routed_scaling_factor,
+                               mask_value, out));
+        },
+        [&k](py::handle logits, int64_t topk, const std::string& scoring, py::handle bias, int64_t groups,
+             int64_t kept_groups, bool renormalize, float routed_scaling_factor, float mask_value,
+             const py::tuple& out) {
+          const GateCall call(logits, topk, scoring, bias, groups, kept_groups, renormalize, routed_scaling_factor,
+                              mask_value, out);
+          return refusal(k.gate, call.problem);
+        });
+    add_row(
+        rows, kPermute, k.name, needs, k.permute,
+        [&k](py::handle x, py::handle ids, int64_t, int64_t alignment, py::handle expert_map, const py::tuple& out) {
+          run_permute(k, x, ids, alignment, expert_map, out);
+        },
+        [&k](py::handle x, py::handle ids, int64_t, int64_t alignment, py::handle expert_map, const py::tuple& out) {
+          int device;
+          return refusal(k.permute, permute_problem(x, ids, alignment, expert_map, out, &device));
+        });
+    add_row(
+        rows, kUnpermute, k.name, needs, k.unpermute,
+        [&k](py::handle y, py::handle inverse, py::handle weights, py::handle out, py::handle) {
+          run_unpermute(k, y, inverse, weights, out);
+        },
+        [&k](py::handle y, py::handle inverse, py::handle weights, py::handle out, py::handle) {
+          int device;
+          return refusal(k.unpermute, unpermute_problem(y, inverse, weights, out, &device));
+        });
   }
-  return rows;
 }
 
 void bind_routing(py::module_& m) {

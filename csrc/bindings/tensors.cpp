@@ -29,6 +29,7 @@ dlpack::DataType dlpack_type(Dtype t) {
     case Dtype::ue8m0: return {dlpack::kE8m0fnu, 8, 1};
     case Dtype::i32: return {dlpack::kInt, 32, 1};
     case Dtype::i64: return {dlpack::kInt, 64, 1};
+    case Dtype::u8: return {dlpack::kUInt, 8, 1};
     default: return {dlpack::kFloat, 32, 1};
   }
 }
@@ -171,6 +172,19 @@ py::object allocate(py::handle like, int device, std::initializer_list<int64_t> 
   void* object = nullptr;
   if (r.exchange->to_object(tensor, &object)) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+Stream stream_on(int device) {
+  if (readable(device)) return {};
+  const Runtime& r = runtime();
+  const int type = device & 0xffff, index = device >> 16;
+  Stream s{index, nullptr};
+  if (!r.exchange) {
+    s.handle = reinterpret_cast<void*>(r.current_stream(type, index).cast<uintptr_t>());
+  } else if (r.exchange->current_stream(static_cast<dlpack::DeviceType>(type), index, &s.handle)) {
+    throw py::error_already_set();
+  }
+  return s;
 }
 
 bool is_scaled(py::handle object) {

@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <map>
 
 #include "moekern/arguments.h"
 #include "moekern/dlpack.h"
@@ -17,12 +18,13 @@ namespace py = pybind11;
 
 // What Python hands over once, at import: classes and functions that C++ cannot name by itself.
 struct Runtime {
-  py::object scaled_tensor;  // the class moekern.ScaledTensor
-  py::object tensor;         // the class torch.Tensor
-  py::object num_threads;    // () -> int
-  py::object read;           // (tensor) -> (pointer, shape, strides, format name, device type), without the table
-  py::object allocate;       // (like, shape, format name) -> tensor, without the table
-  py::dict dtypes;           // torch.dtype -> format name
+  py::object scaled_tensor;   // the class moekern.ScaledTensor
+  py::object tensor;          // the class torch.Tensor
+  py::object num_threads;     // () -> int
+  py::object read;            // (tensor) -> (pointer, shape, strides, format name, device type), without the table
+  py::object allocate;        // (like, shape, format name) -> tensor, without the table
+  py::object current_stream;  // (device type, index) -> handle, without the table
+  py::dict dtypes;            // torch.dtype -> format name
   const dlpack::ExchangeApi* exchange = nullptr;
 };
 
@@ -81,17 +83,48 @@ int threads_for(int64_t work);  // work in weights decoded
 
 py::frozenset names_of(uint64_t bits, const Table<Feature>& features);
 
-// Each op family adds its functions to the module, and its rows of a backend's kernels to a dict.
+// The current stream there, for a DLPack device as `View` has it.
+Stream stream_on(int device);
+
+// What `refuses` says, for Python.
+template <class P>
+py::object refusal(const Routine<P>& routine, const P& p) {
+  const char* reason = routine.refuses ? routine.refuses(p) : nullptr;
+  return reason ? py::object(py::str(reason)) : py::object(py::none());
+}
+
+// Runs a checked problem on the device of its operands.
+template <class P>
+void run_routine(const Routine<P>& routine, P& p, int device) {
+  p.stream = stream_on(device);
+  py::gil_scoped_release release;
+  routine.run(p);
+}
+
+// Of each op, by its name: [(name, needs, run, refuses or None, workspace -> bytes or None)], best first. The functions
+// take the op's parameters.
+using KernelRows = std::map<std::string, py::list>;
+
+template <class P, class Run, class Refuses>
+void add_row(KernelRows& rows, const char* op, const char* name, const py::object& needs, const Routine<P>& routine,
+             Run run, Refuses refuses, const py::object& workspace = py::none()) {
+  if (!routine.run) return;
+  const py::object reason = routine.refuses ? py::object(py::cpp_function(refuses)) : py::object(py::none());
+  rows[op].append(py::make_tuple(name, needs, py::cpp_function(run), reason, workspace));
+}
+
+// Each op family adds its functions to the module, and its rows of a backend's kernels.
 void bind_gemm(py::module_& m);
 void bind_grouped(py::module_& m);
 void bind_casts(py::module_& m);
 void bind_experts(py::module_& m);
 void bind_routing(py::module_& m);
-py::list gemm_rows(const Backend& backend);
-py::list grouped_rows(const Backend& backend);
-py::list cast_rows(const Backend& backend);
-py::list experts_rows(const Backend& backend);
-py::list routing_rows(const Backend& backend);
+void bind_choices();
+void gemm_rows(const Backend& backend, KernelRows& rows);
+void grouped_rows(const Backend& backend, KernelRows& rows);
+void cast_rows(const Backend& backend, KernelRows& rows);
+void experts_rows(const Backend& backend, KernelRows& rows);
+void routing_rows(const Backend& backend, KernelRows& rows);
 py::list limit_rows(const Backend& backend);
 
 }  // namespace moekern

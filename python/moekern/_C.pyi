@@ -12,16 +12,13 @@ from moekern.weights import GroupedWeights
 class _NativeBackend(TypedDict):
     features: Callable[[], frozenset[str]]
     thread_team: Callable[[], str]  # of backends whose kernels run on threads of the process
-    # (name, needs, run, refuses)
-    fp8_gemm_nt: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None]]]
-    # (name, needs, {op: (run, refuses)})
-    grouped: list[tuple[str, frozenset[str], dict[str, tuple[Callable[..., None], Callable[..., str | None]]]]]
-    # (name, needs, cast, silu_mul_cast, dequantize)
-    cast: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
-    # (name, needs, gate, permute, unpermute)
-    routing: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., None], Callable[..., None]]]
-    # (name, needs, run, refuses, workspace -> bytes)
-    fused_experts: list[tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None], Callable[..., int]]]
+    # {op: [(name, needs, run, refuses, workspace -> bytes)]}, best first; the functions take the op's parameters
+    kernels: dict[
+        str,
+        list[
+            tuple[str, frozenset[str], Callable[..., None], Callable[..., str | None] | None, Callable[..., int] | None]
+        ],
+    ]
     # (name, needs, multiply_add -> floating-point operations done, [read(x)], copy(x, out)); for bench/
     limits: list[
         tuple[
@@ -32,6 +29,10 @@ class _NativeBackend(TypedDict):
             Callable[[torch.Tensor, torch.Tensor], None],
         ]
     ]
+    # of backends whose kernels a driver loads
+    modules: Callable[[], dict[str, tuple[bytes, list[str]]]]  # {name: (code, [kernel])}
+    use_driver: Callable[[str | None], None]  # the library to use from now on; None: the vendor's
+    why_no_driver: Callable[[], str]  # empty: it can run the modules
 
 compiler: str
 native: dict[str, _NativeBackend]
@@ -42,6 +43,7 @@ def connect(
     num_threads: Callable[[], int],
     read: Callable[[torch.Tensor], tuple[int, list[int], list[int], str, int]],
     allocate: Callable[[torch.Tensor, tuple[int, ...], str], torch.Tensor],
+    current_stream: Callable[[int, int], int],
     dtypes: dict[torch.dtype, str],
     /,
 ) -> None: ...

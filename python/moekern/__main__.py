@@ -1,4 +1,4 @@
-"""`python -m moekern info [--json]`, `selftest`, `export`, `warmup` and `tune`.
+"""`python -m moekern info [--json]`, `selftest`, `export`, `warmup`, `tune` and `emulate`.
 
 `info` has to work where the package does not: nothing here or in info.py imports more than the
 standard library before it is needed.
@@ -12,6 +12,15 @@ import sys
 
 from moekern import info
 
+_MODULES = {  # with add_arguments(parser) and run(options), imported by who asks for them
+    "warmup": ("moekern.warmup", "compile a model's GPU kernels before they are asked for"),
+    "tune": ("moekern.tune", "measure the tiles of a model's products on a GPU, and keep them"),
+    "emulate": (
+        "moekern.backends.cuda.emulator.command",
+        "run a kernel's PTX for sm_90a on the CPU and say what is wrong with it",
+    ),
+}
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="moekern", description="FP8 GEMM and MoE kernels for the device you have.")
@@ -20,10 +29,10 @@ def main(arguments: list[str] | None = None) -> int:
     show.add_argument("--json", action="store_true", help="for machines")
     commands.add_parser("selftest", help="run every kernel that can run here on a small problem and check its bits")
     commands.add_parser("export", help="write an FP8 checkpoint of transformers' as ONNX", add_help=False)
-    commands.add_parser("warmup", help="compile a model's GPU kernels before they are asked for", add_help=False)
-    commands.add_parser("tune", help="measure the tiles of a model's products on a GPU, and keep them", add_help=False)
+    for name, (_, help) in _MODULES.items():
+        commands.add_parser(name, help=help, add_help=False)
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command not in ("export", "warmup", "tune"):
+    if rest and options.command not in ("export", *_MODULES):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if options.command == "info":
         report = info.collect()
@@ -35,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.command == "export":
         return _export(rest)
-    if options.command in ("warmup", "tune"):
-        return _of_model(options.command, rest)
+    if options.command in _MODULES:
+        return _run(options.command, rest)
     from moekern.testing import selftest
 
     return selftest.main()
@@ -56,8 +65,8 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
-def _of_model(name: str, arguments: list[str]) -> int:
-    module = importlib.import_module(f"moekern.{name}")
+def _run(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(_MODULES[name][0])
     parser = argparse.ArgumentParser(prog=f"moekern {name}", description=module.__doc__)
     module.add_arguments(parser)
     return module.run(parser.parse_args(arguments))

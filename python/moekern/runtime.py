@@ -31,7 +31,14 @@ def _allocate(like: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Te
     return torch.empty(shape, dtype=_BY_NAME[name], device=like.device)
 
 
+def _current_stream(device_type: int, index: int) -> int:
+    """The handle of the stream that kernels are to be queued on."""
+    kind = next(kind for kind, number in _DLPACK_DEVICES.items() if number == device_type)
+    stream = getattr(torch, kind).current_stream(index)
+    return stream.npu_stream if kind == "npu" else stream.cuda_stream
+
+
 def connect(num_threads: int | None = None) -> None:
     """Bind _C. `num_threads` fixes the number of CPU threads; None follows torch.get_num_threads()."""
     count = torch.get_num_threads if num_threads is None else lambda: num_threads
-    _C.connect(ScaledTensor, torch.Tensor, count, _read, _allocate, _NAMES)
+    _C.connect(ScaledTensor, torch.Tensor, count, _read, _allocate, _current_stream, _NAMES)

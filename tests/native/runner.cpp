@@ -157,14 +157,15 @@ GemmProblem product(const Request& r, const std::string& prefix) {
 const char* gemm(const Request& r, bool ask) {
   const GemmKernel& kernel = row_named(cpu::backend().gemm, r.kernel);
   const GemmProblem p = product(r, "");
-  if (const char* reason = kernel.refuses(p)) return reason;
-  if (!ask && p.m() && p.n()) kernel.run(p);
+  if (const char* reason = kernel.gemm.refuses(p)) return reason;
+  if (!ask && p.m() && p.n()) kernel.gemm.run(p);
   return nullptr;
 }
 
 // The operands of group g are named "g.a", "g.b" and so on.
 const char* grouped(const Request& r, bool ask) {
   const GroupedGemmKernel& kernel = row_named(cpu::backend().grouped_gemm, r.kernel);
+  const auto& routine = r.op[0] == 'k' ? kernel.k_grouped : kernel.m_grouped;
   GroupedGemmProblem p;
   std::vector<Group> groups;
   for (int g = 0; r.operands.count(text(g, ".a")); ++g) {
@@ -177,8 +178,8 @@ const char* grouped(const Request& r, bool ask) {
   p.groups = groups.data();
   p.count = static_cast<int64_t>(groups.size());
   p.threads = r.threads;
-  if (const char* reason = kernel.refuses(p)) return reason;
-  if (!ask) kernel.run(p);
+  if (const char* reason = routine.refuses(p)) return reason;
+  if (!ask) routine.run(p);
   return nullptr;
 }
 
@@ -192,7 +193,7 @@ const char* cast(const Request& r, bool ask) {
   p.round_scale_up = r.option("round_scale_up") != 0;
   p.threads = r.threads;
   check_cast(r.op.c_str(), p, !back, gated);
-  if (!ask && p.q.rows && p.q.cols) (back ? kernel.dequantize : gated ? kernel.silu_mul_cast : kernel.cast)(p);
+  if (!ask && p.q.rows && p.q.cols) (back ? kernel.dequantize : gated ? kernel.silu_mul_cast : kernel.cast).run(p);
   return nullptr;
 }
 
@@ -240,8 +241,8 @@ const char* fused_experts(const Request& r, bool ask) {
   check_experts("fused_experts", p);
   check_ids("fused_experts", "ids", p.ids, p.num_experts);
   check_experts_output("fused_experts", p);
-  if (const char* reason = kernel.refuses(p)) return reason;
-  if (!ask && p.out.rows && p.out.cols) kernel.run(p);
+  if (const char* reason = kernel.experts.refuses(p)) return reason;
+  if (!ask && p.out.rows && p.out.cols) kernel.experts.run(p);
   return nullptr;
 }
 
@@ -262,7 +263,7 @@ const char* moe_gate(const Request& r, bool ask) {
   p.threads = r.threads;
   check_gate("moe_gate", p);
   check_gate_output("moe_gate", p);
-  if (!ask && p.logits.rows) kernel.gate(p);
+  if (!ask && p.logits.rows) kernel.gate.run(p);
   return nullptr;
 }
 
@@ -289,7 +290,7 @@ const char* moe_permute(const Request& r, bool ask) {
   of_counts.data = reinterpret_cast<char*>(counts.data());
   of_starts.cols = of_counts.cols = experts;
   check_permute_output("moe_permute", p, count_experts(p, of_starts, of_counts));
-  if (!ask) kernel.permute(p);
+  if (!ask) kernel.permute.run(p);
   return nullptr;
 }
 
@@ -304,7 +305,7 @@ const char* moe_unpermute(const Request& r, bool ask) {
   check_unpermute("moe_unpermute", p);
   check_ids("moe_unpermute", "inverse", p.inverse, p.y.rows);
   check_unpermute_output("moe_unpermute", p);
-  if (!ask && p.out.rows && p.out.cols) kernel.unpermute(p);
+  if (!ask && p.out.rows && p.out.cols) kernel.unpermute.run(p);
   return nullptr;
 }
 

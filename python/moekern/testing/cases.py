@@ -13,6 +13,7 @@ from moekern.scaled import DTYPES, MAX, ScaledTensor
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _POISON = {"e4m3fn": 0x7F, "e5m2": 0x7F, "e4m3fnuz": 0x80, "ue8m0": 0xFF}  # a NaN of each format
 _GUARD = 67  # elements of poison on either side; odd, so that operands are as badly aligned as can be
+_ALIGNED = 32  # elements
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Cast:
     format: str = "e4m3fn"
     round_scale_up: bool = False
     layout: str = "rows"
+    layout_out: str = "padded"
     values: str = "normal"
 
     def __str__(self) -> str:
@@ -66,6 +68,7 @@ class Dequantize:
     scale: str = "f32"
     out: str = "f32"
     layout: str = "rows"
+    layout_out: str = "padded"
     values: str = "codes"
 
     def __str__(self) -> str:
@@ -94,18 +97,21 @@ def place(x: torch.Tensor, layout: str = "rows") -> torch.Tensor:
 
     rows: one row after another. padded: poison between rows. columns: one column after another.
     every_other: poison between elements. expanded: the first row, for all rows (stride 0).
+    aligned: as padded, with rows that begin at multiples of 32 elements, as most do that are not views.
     """
     rows, cols = x.shape
+    guard = _GUARD if layout != "aligned" else 2 * _ALIGNED
     strides = {
         "rows": (cols, 1),
         "padded": (cols + 13, 1),
         "columns": (1, rows + 5),
         "every_other": (2 * cols + 3, 2),
         "expanded": (0, 1),
+        "aligned": ((cols + 2 * _ALIGNED - 1) // _ALIGNED * _ALIGNED, 1),
     }[layout]
     span = rows * strides[0] + cols * strides[1] + 1
-    buffer = poisoned(2 * _GUARD + span, x.dtype)
-    view = buffer.as_strided((rows, cols), strides, _GUARD)
+    buffer = poisoned(2 * guard + span, x.dtype)
+    view = buffer.as_strided((rows, cols), strides, guard)
     if layout == "expanded":
         view[:1].view(storable(x.dtype)).copy_(x[:1].view(storable(x.dtype)))
     else:
@@ -427,6 +433,16 @@ def _cast() -> Iterator[Cast]:
             yield Cast(op, 37, 150, x="bf16", values=values, round_scale_up=True)
         if not op.startswith("silu_mul"):  # whose product overflows f32
             yield Cast(op, 37, 150, x="f32", values="huge")
+        # As wide loads and stores want it, and just not so.
+        for rows, cols in ((1, 8), (1, 128), (3, 576), (130, 264), (200, 40), (37, 4096), (129, 132), (5, 130)):
+            yield Cast(op, rows, cols, layout="aligned", layout_out="aligned")
+        for x in FLOATS:
+            for format in MAX:
+                up = format == "e5m2"
+                yield Cast(op, 9, 272, x=x, format=format, round_scale_up=up, layout="aligned", layout_out="aligned")
+            yield Cast(op, 37, 160, x=x, values="nan and inf", layout="aligned", layout_out="aligned")
+        for values in ("outliers", "tiny", "signed zeros"):
+            yield Cast(op, 37, 160, x="f32", values=values, layout="aligned", layout_out="aligned")
 
 
 def _dequantize() -> Iterator[Dequantize]:
@@ -442,6 +458,14 @@ def _dequantize() -> Iterator[Dequantize]:
         yield Dequantize(19, 141, layout=layout)
     for values in ("tiny scales", "huge scales", "scales apart", "nan scales"):
         yield Dequantize(19, 300, values=values)
+    # As wide loads and stores want it: with and without an end that is no whole piece, with a scale in it or several.
+    for out in FLOATS:
+        for rows, cols in ((1, 4), (130, 272), (5, 141), (3, 4103)):
+            yield Dequantize(rows, cols, out=out, layout="aligned", layout_out="aligned")
+        for format in MAX:
+            yield Dequantize(19, 141, format, out=out, layout="aligned", layout_out="aligned", values="all codes")
+        for block in ((128, 1), (1, 12)):
+            yield Dequantize(19, 141, block=block, out=out, layout="aligned", layout_out="aligned")
 
 
 GEMM = tuple(_gemm())

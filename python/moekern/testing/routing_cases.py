@@ -124,9 +124,10 @@ def gate_operands(case: Gate, seed: int = 0) -> tuple[tuple[Any, ...], dict[str,
     elif case.values in ("nan bias", "infinite bias"):  # -infinity switches an expert off
         logits, bias = torch.zeros(shape), torch.randint(-12, 13, bias.shape, generator=g) / 8
         bias[:, ::3] = torch.nan if case.values == "nan bias" else -torch.inf
+    bias_layout = "aligned" if case.layout == "aligned" else "padded"
     options = {
         "scoring": case.scoring,
-        "correction_bias": place(bias.to(FLOATS[case.bias]), "padded")[0] if case.bias else None,
+        "correction_bias": place(bias.to(FLOATS[case.bias]), bias_layout)[0] if case.bias else None,
         "num_expert_group": case.groups,
         "topk_group": case.kept,
         "renormalize": case.renormalize,
@@ -260,6 +261,9 @@ def _gate() -> Iterator[Gate]:
         yield Gate(11, 70, 6, logits="bf16", layout=layout, bias="f32")
         if layout != "expanded":
             yield Gate(11, 70, 6, layout_out=layout, renormalize=True)
+    for experts in (2, 4, 8, 60, 64, 128, 160, 256, 384, 512, 1024):
+        for logits in FLOATS:
+            yield Gate(6, experts, min(experts, 6), logits=logits, bias=logits, layout="aligned")
     for scoring in ("softmax", "sigmoid"):
         for experts, groups, kept in ((70, 1, 1), (256, 8, 4)):
             for bias in (None, "f32"):
@@ -308,6 +312,15 @@ def _permute() -> Iterator[Permute]:
             yield Permute(12, 45, 5, 2, x="e4m3fn", block=4, layout_scale=layout, alignment=4)
     yield Permute(12, 45, 5, 2, layout_out="padded", alignment=4, spare=3)
     yield Permute(12, 45, 5, 2, x="e4m3fn", layout_out="padded", spare=3, routing="skips")
+    for x in (*FLOATS, *DTYPES):
+        yield Permute(
+            13, 544, 5, 3, x=x, layout="aligned", layout_out="aligned", layout_scale="aligned", alignment=4, block=32
+        )
+    for hidden in (4, 8, 12, 16, 24, 64, 68, 1000):  # rows of so many bytes, in the widest pieces that they divide into
+        yield Permute(5, hidden, 4, 2, x="e4m3fn", layout="aligned", layout_out="aligned", alignment=4)
+    yield Permute(9, 9000, 4, 2, layout="aligned", layout_out="aligned", alignment=4)
+    yield Permute(1100, 8, 1500, 5, routing="skips")  # more experts than are counted at once
+    yield Permute(3000, 4, 33, 7, routing="skewed", alignment=2)
     yield Permute(300, 9000, 16, 2, x="f32", alignment=16)  # past the caches
 
 
@@ -328,6 +341,13 @@ def _unpermute() -> Iterator[Unpermute]:
             yield Unpermute(23, 70, 4, 40, index=index, skips=skips)
     for layout in ("padded", "columns", "every_other", "expanded"):
         yield Unpermute(9, 70, 4, 40, y="f32", layout=layout)
+    for y in FLOATS:
+        for out in FLOATS:
+            for hidden in (8, 264):
+                yield Unpermute(9, hidden, 3, 40, y=y, out=out, skips="some", layout="aligned", layout_out="aligned")
+    for topk in (1, 7, 8, 9, 16, 33):
+        yield Unpermute(5, 64, topk, 50, skips="some", layout="aligned", layout_out="aligned")
+    yield Unpermute(3, 7168, 8, 20, layout="aligned", layout_out="aligned")
     yield Unpermute(9, 70, 4, 40, layout_out="padded")
     for values in ("integers", "rows apart", "tiny", "huge", "zeros", "nan", "nan and inf", "signed zeros"):
         yield Unpermute(9, 141, 4, 40, y="f32", values=values, skips="some")

@@ -1,0 +1,58 @@
+"""Which of an op's cases the kernels for Hopper are given here, executed by the emulated driver."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest import mock
+
+import emulated
+import emulated_driver
+import pytest
+import torch
+from executors import Executor
+
+from moekern.op import Op
+
+Check = Callable[[Executor, Any], None]
+
+emulation = pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent()))
+
+
+def executor_of(op: Op) -> Executor:
+    [executor] = [executor for executor in emulated.executors(op) if executor.name == f"{emulated.TARGET}.hopper"]
+    return executor
+
+
+def problems(lists: Iterable[tuple[Op, Iterable[Any], Check, int]]) -> list[Any]:
+    """Of lists of (op, cases, check, every how many cases are taken): all with aligned rows, which take other kernels,
+    and all of them if MOEKERN_ALL_CASES asks for it."""
+    return [
+        pytest.param(executor_of(op), check, case, id=f"{op.name}-{case}")
+        for op, found, check, every in lists
+        if not emulated.absent()
+        for number, case in enumerate(found)
+        if number % every == every // 2 or case.layout == "aligned" or os.environ.get("MOEKERN_ALL_CASES")
+    ]
+
+
+def launched() -> str:
+    """The kernel that ran last."""
+    said = emulated_driver.library().moekern_emulator_statistics
+    said.restype = ctypes.c_char_p
+    return str(json.loads(said())["kernel"])
+
+
+def run_with(op: Op, changed: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+    """A call whose operands became others after they had been checked, as on an accelerator, where nobody looks."""
+    prepare = op.prepare
+
+    def prepared(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        call = dict(zip(op.params, prepare(*args, **kwargs), strict=True))
+        return tuple((call | changed).values())
+
+    with mock.patch.object(op, "prepare", prepared):
+        return executor_of(op)(*args, **kwargs)

@@ -1,0 +1,91 @@
+"""The hand-written products of sm_90a on the specs' cases, executed by the emulated driver (emulated.py).
+
+The cases' operands are badly aligned, which the TMA unit does not take. So are these, but for the rows of a and b.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import emulated
+import pytest
+import test_grouped
+import test_kernels
+from executors import Executor
+
+import moekern
+from moekern.op import Op
+from moekern.testing import cases, grouped_cases
+
+EVERY = 1 if os.environ.get("MOEKERN_ALL_CASES") else 4
+M_GROUPED = (moekern.m_grouped_fp8_gemm_nt_contiguous, moekern.m_grouped_fp8_gemm_nt_masked)
+K_GROUPED = moekern.k_grouped_fp8_gemm_tn_contiguous
+
+
+def aligned(case: Any) -> Any:
+    layouts = {name: "aligned" for name in ("layout_a", "layout_b") if getattr(case, name) in ("rows", "padded")}
+    return replace(case, **layouts)
+
+
+def gemms() -> Iterator[cases.Gemm]:
+    for case in cases.GEMM:
+        if case.a == case.b == "e4m3fn":
+            yield aligned(case)
+    # Around the tiles, and k long enough that every ring of stages goes round; stored by the TMA unit, and not.
+    for m, n, k in (
+        (64, 128, 1152), (65, 576, 640), (129, 640, 130), (257, 208, 384), (300, 1040, 128), (128, 272, 1408),
+        (512, 264, 256), (1, 2112, 512), (63, 200, 2176), (33, 96, 4224), (16, 1000, 896),
+    ):  # fmt: skip
+        for out in cases.FLOATS:
+            yield cases.Gemm(m, n, k, "e4m3fn", out=out, layout_a="aligned", layout_b="aligned", layout_out="aligned")
+        yield cases.Gemm(m, n, k, "e4m3fn", layout_a="aligned", layout_b="aligned", values="scales apart")
+        yield cases.Gemm(m, n, k, "e4m3fn", layout_a="aligned", layout_b="aligned", c="out", bias="bf16", out="f32")
+    for values in ("codes", "all codes", "huge scales", "nan scales", "scales apart"):
+        for m in (20, 200):
+            yield cases.Gemm(
+                m, 336, 400, "e4m3fn", layout_a="aligned", layout_b="aligned", layout_out="aligned", values=values
+            )
+
+
+def m_groups() -> Iterator[grouped_cases.MGrouped]:
+    for case in grouped_cases.M_GROUPED:
+        if case.a == case.b == "e4m3fn":
+            yield aligned(case)
+    for counts in ((130, 0, 1, 257, 64), (3, 5, 2, 0, 7, 1), (1,) * 40, (0, 200)):
+        for n, k in ((576, 640), (208, 1152)):
+            for capacity in (None, 260):
+                for out in ("bf16", "f32"):
+                    yield grouped_cases.MGrouped(
+                        counts, n, k, "e4m3fn", capacity=capacity, out=out, layout_a="aligned", layout_b="aligned",
+                        layout_out="aligned",
+                    )  # fmt: skip
+
+
+def k_groups() -> Iterator[grouped_cases.KGrouped]:
+    for case in grouped_cases.K_GROUPED:
+        if case.a == case.b == "e4m3fn":
+            yield aligned(case)
+    for counts in ((640, 0, 129), (127, 1), (1300,)):
+        for c in (None, "out"):
+            yield grouped_cases.KGrouped(
+                counts, 272, 144, layout_a="aligned", layout_b="aligned", layout_out="aligned", c=c
+            )
+
+
+def problems() -> Iterator[Any]:
+    lists: list[tuple[Op, list[Any], Any]] = [(moekern.fp8_gemm_nt, list(gemms()), test_kernels.test_gemm)]
+    for op in M_GROUPED:
+        lists.append((op, [case for case in m_groups() if case.op is op], test_grouped.test_grouped))
+    lists.append((K_GROUPED, list(k_groups()), test_grouped.test_grouped))
+    for op, found, check in lists:
+        for number, executor in enumerate(emulated.executors(op)):
+            for case in found[number % EVERY :: EVERY]:
+                yield pytest.param(executor, check, case, id=f"{executor}-{case}")
+
+
+@pytest.mark.parametrize(("executor", "check", "case"), list(problems()))
+def test_emulated(executor: Executor, check: Any, case: Any) -> None:
+    check(executor, case)
