@@ -51,9 +51,8 @@ def test_derived_peaks_follow_from_cores_and_clock() -> None:
         cubes = device.cores.value * device.clock.value * 2 * 16 * 16
         assert device.peak["bf16"].value == pytest.approx(16 * cubes, rel=0.01)
         assert device.peak["int8"].value == pytest.approx(32 * cubes, rel=0.01)
-    assert devices["mi308x"].peak["fp8"].value == pytest.approx(
-        devices["mi300x"].peak["fp8"].value * 80 / 304, rel=1e-3
-    )
+    whole = devices["mi300x"].peak["fp8"].value
+    assert devices["mi308x"].peak["fp8"].value == pytest.approx(whole * 80 / 304, rel=1e-3)
 
 
 def test_devices_are_found_by_name() -> None:
@@ -177,7 +176,7 @@ def test_tiles_cover_the_product_once() -> None:
     assert tiles.count(tile, (4096,), 2112) == 32 * 19
     assert tiles.count(tile, (1, 129, 128), 112) == 1 + 2 + 1
     assert tiles.count(tiles.Tile(64, 64, 128, split=4), (64,), 128) == 2 * 4
-    # DeepGEMM's rule as its text has it: tiles of 112 columns put 128 of 132 SMs to work where 128 columns leave 20 idle.
+    # DeepGEMM's README of its rule: 112 columns put 128 of 132 SMs to work where 128 columns leave 20 idle.
     narrow = [tiles.Tile(128, c) for c in range(16, 129, 8)]
     chosen = tiles.fewest_waves(narrow, (256,), 7168, 132)
     assert (chosen.columns, tiles.count(chosen, (256,), 7168)) == (112, 128)

@@ -60,13 +60,13 @@ def messages(ranks: int, node: int, top_k: int, few: bool) -> Messages:
 
 def predict(
     device: Device, phase: str, tokens: int, ranks: int, hidden: int, top_k: int, dtype: str | None = None,
-    few: bool | None = None, constant: dict[str, LinkConstants] | None = None,
+    few: bool | None = None, constant: dict[str, LinkConstants] | None = None, node: int | None = None,
 ) -> Prediction:  # fmt: skip
-    """One dispatch or combine of `tokens` tokens on each of the ranks, spread evenly."""
+    """One dispatch or combine of `tokens` tokens on each of the ranks, spread evenly. node: ranks of a server."""
     if not device.links:
         raise ValueError(f"{device.title}: no figure of its links was found, so --ep is 1")
     fast, *others = device.links
-    node = ranks if fast in JOINS_ALL else NODE
+    node = node or (ranks if fast in JOINS_ALL else NODE)
     if ranks > node and not others:
         raise ValueError(f"{device.title}: no figure of a link between servers, so --ep is at most {node}")
     few = tokens <= FEW if few is None else few
