@@ -1,6 +1,7 @@
 # From a fresh checkout to a result with one command; quick the second time.
 #
 #   make bench      a table of speeds beside this machine's limits
+#   make bench-ci   the same in three minutes, as ratios beside the last release's: reported, never a failure
 #   make test       the whole test suite
 #   make lint       formatting, linting, types
 #   make engines    its tests of engines, with the oldest releases of them that moekern claims
@@ -17,10 +18,15 @@ cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
 unsanitized := triton machine_code launch warmup on_device device_operands
 
-.PHONY: bench test interpreted lint types format engines sanitize
+.PHONY: bench bench-ci test interpreted lint types format engines sanitize
 
 bench: $(VENV)/installed
-	$(python) bench/run.py --quick
+	$(python) bench/run.py
+
+bench-ci: $(VENV)/installed
+	mkdir -p build
+	$(python) bench/run.py --m 1,16,128 --peers torch-bf16,torch-fp32 --no-overhead --json build/bench.json
+	$(python) bench/compare.py build/bench.json --threshold 10% --report
 
 # Two processes, whose kernels have two threads each: threads that wait must not keep a core from the others.
 test: $(VENV)/installed

@@ -13,6 +13,7 @@ import accelerator
 import comparison
 import devices
 import exported
+import history
 import machine
 import packages
 import report
@@ -121,7 +122,7 @@ def whole_model(
 
 
 def register(app: typer.Typer) -> None:
-    for command in (onnx, ep, accuracy, refit):
+    for command in (onnx, ep, accuracy, record, refit):
         app.command(name="fit" if command is refit else command.__name__)(command)
 
 
@@ -171,6 +172,17 @@ def accuracy(
     import predictions
 
     predictions.show(new_console(), cross, rows)
+
+
+def record(
+    result: Annotated[Path, typer.Argument(help="JSON of a run, of a quiet machine")],
+    release: Annotated[str, typer.Option(help="its version")],
+) -> None:
+    """Keeps the ratios of a run in bench/history, for later runs to be compared with."""
+    try:
+        typer.echo(history.write(json_format.loads(result.read_text()), release))
+    except (OSError, KeyError, ValueError) as error:
+        raise typer.BadParameter(f"{result}: {error}") from None
 
 
 def refit() -> None:

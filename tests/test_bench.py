@@ -277,7 +277,7 @@ def test_compare(
 ) -> None:
     after = json.loads(json.dumps(result))
     for row in [*result["results"], *after["results"]]:
-        row["time"]["uncertainty"] = 0.001  # what this tiny run scatters is not the subject
+        row["time"] |= {"uncertainty": 0.001, "noisy": False}  # what this tiny run scatters is not the subject
     after["results"][0]["fraction"] *= fraction
     after["machine"]["identity"]["cpu"] = cpu or after["machine"]["identity"]["cpu"]
     (tmp_path / "a.json").write_text(json.dumps(result))
@@ -289,11 +289,51 @@ def test_compare(
 def test_a_loss_within_the_noise_is_no_regression(result: dict[str, Any], tmp_path: Path) -> None:
     after = json.loads(json.dumps(result))
     after["results"][0]["fraction"] *= 0.9
-    after["results"][0]["time"]["uncertainty"] = 0.1
+    after["results"][0]["time"] |= {"uncertainty": 0.1, "noisy": False}
     (tmp_path / "a.json").write_text(json.dumps(result))
     (tmp_path / "b.json").write_text(json.dumps(after))
     output = script("compare.py", tmp_path / "a.json", tmp_path / "b.json")
     assert output.returncode == 0 and "by chance" in output.stdout, output.stdout + output.stderr
+
+
+def test_a_release_is_compared_by_ratios(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import history
+
+    assert all(record["class"] and record["results"] for record in history.records())
+    monkeypatch.setattr(history, "FOLDER", tmp_path / "history")
+    before = json.loads(json.dumps(result))
+    for row in before["results"]:
+        row["time"] |= {"uncertainty": 0.001, "noisy": False}
+    path = history.write(before, "1.0")
+    kept = json.loads(path.read_text())
+    assert "median" not in path.read_text() and "gflops" not in path.read_text()  # no time is kept
+    peers = before["results"][0]["peers"]
+    assert kept["results"][0]["fraction"] == before["results"][0]["fraction"]
+    assert kept["results"][0]["peers"]["torch-fp32"]["ratio"] == peers["torch-fp32"]["ratio"]
+    identity = before["machine"]["identity"]
+    assert history.latest(identity) == kept  # another CPU of that class is compared with it too
+    assert history.latest({**identity, "cpu": "another", "family_model": "1/2"}) == kept
+    assert history.latest({**identity, "threads": 64}) is None
+    after = json.loads(json.dumps(before))
+    after["results"][0]["fraction"] *= 0.8
+    (tmp_path / "after.json").write_text(json.dumps(after))
+    import compare
+    from typer.testing import CliRunner
+
+    output = CliRunner().invoke(compare.app, [str(tmp_path / "after.json")])
+    assert output.exit_code == 1 and "against release 1.0" in output.output and "1 worse" in output.output
+    output = CliRunner().invoke(compare.app, [str(tmp_path / "after.json"), "--report"])
+    assert output.exit_code == 0 and "1 worse" in output.output
+    after["results"][0]["time"]["noisy"] = True
+    (tmp_path / "after.json").write_text(json.dumps(after))
+    output = CliRunner().invoke(compare.app, [str(tmp_path / "after.json")])
+    assert output.exit_code == 0 and "noisy (worse)" in output.output
+    for row in before["results"]:
+        row["time"]["noisy"] = True
+    with pytest.raises(ValueError, match=r"rows are noisy: measure again"):
+        history.write(before, "2.0")
 
 
 @pytest.mark.parametrize(
