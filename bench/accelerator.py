@@ -23,7 +23,7 @@ from moekern.testing.moving import Mover
 from moekern.testing.numerics import check_bound, gemm_oracle
 
 FLUSHED = 2  # times the last cache, written between samples
-LEAST_FLUSHED = 256 << 20  # where the driver does not say how large its cache is
+LEAST_FLUSHED = 512 << 20  # twice what AMD has behind the L2 that its driver tells of
 COPIED = 1 << 30  # bytes that the copy limit reads, and writes
 SQUARE = 8192  # of the torch matmul that is the compute limit
 
