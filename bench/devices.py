@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,3 @@ def measured(title: str, arch: str, operations: float, bandwidth: float, memory:
 
     peak = {"fp8": here(operations), "bf16": here(operations)}
     return Device(THIS, title, arch, "cpu", peak, here(bandwidth), here(memory), None, here(cores), None, {})
-
-
-def with_limits(device: Device, operations: float, bandwidth: float) -> Device:
-    """A known device with the limits that were measured on it in place of the published ones."""
-    source = "measured in this run"
-    return replace(device, peak={**device.peak, device.eight_bit: Figure(operations, source)},
-                   bandwidth=Figure(bandwidth, source))  # fmt: skip
