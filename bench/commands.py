@@ -9,26 +9,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import accelerator
 import comparison
 import devices
-import exported
 import history
-import machine
 import packages
 import report
 import suites
 import typer
 import whole_model as model_runs
-from compete import Effort, Row
 from devices import THIS, Device
-from linears import Bench
 from model import fit
 from model.constants import PATH
 from model.layers import MODELS
 from options import console as new_console
 from options import numbers, settle, words
 from rich.console import Console
+from subjects import exported
+from subjects.linears import Bench
+from timing import accelerator, machine
+from timing.compete import Effort, Row
 from whole_model import CONTEXT, RANKS
 
 from moekern.testing.moe_models import LAYERS
@@ -157,7 +156,7 @@ def ep(
     json: Annotated[Path | None, typer.Option(help="write everything here")] = None,
 ) -> None:
     """Dispatch and combine among processes: torchrun --nproc-per-node 2 bench/run.py ep."""
-    import expert_parallel
+    from subjects import expert_parallel
 
     try:
         expert_parallel.main(new_console(), numbers("--tokens", tokens), hidden, experts, top_k, json)

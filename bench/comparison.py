@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import published
-from compete import Row
 from devices import THIS, Device, known
 from model import constants
 from model.gemm import Prediction, Product
@@ -16,6 +15,7 @@ from report import bare_table, duration
 from rich.table import Table
 from rich.text import Text
 from suites import Linear
+from timing.compete import Row
 
 DEVICES = "h800,h100,mi300x,ascend910c,this"
 ROWS = (1, 16, 64, 128, 4096)

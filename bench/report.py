@@ -8,17 +8,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from compete import Row
-from grouped_peers import GROUPED_PEERS
-from machine import headline
-from measure import NOISY, Samples
-from moe_peers import MOE_PEERS
-from peers import PEERS
+from peers.grouped import GROUPED_PEERS
+from peers.linear import PEERS
+from peers.moe import MOE_PEERS
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
-from routing import ROUTING_PEERS
+from subjects.routing import ROUTING_PEERS
+from timing.compete import Row
+from timing.machine import headline
+from timing.measure import NOISY, Samples
 
 KNOWN = (*PEERS, *MOE_PEERS, *GROUPED_PEERS, *ROUTING_PEERS)
 SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort-") for peer in KNOWN}

@@ -7,27 +7,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import commands
-import compete
-import engine
-import grouped
-import machine
-import moe
 import outputs
-import overheads
 import packages
-import problems
 import report
-import routing
 import suites
 import typer
-from compete import Effort, Row
-from grouped_peers import GROUPED_PEERS
-from linears import Bench
-from moe_peers import MOE_PEERS
 from options import console as new_console
 from options import numbers, settle, words
-from peers import PEERS, choose
+from peers import choose
+from peers.grouped import GROUPED_PEERS
+from peers.linear import PEERS
+from peers.moe import MOE_PEERS
 from rich.console import Console
+from subjects import engine, grouped, moe, overheads, routing
+from subjects.linears import Bench
+from timing import compete, machine, problems
+from timing.compete import Effort, Row
 
 from moekern.testing.moe_models import LAYERS
 
@@ -120,7 +115,7 @@ def measure(
     """What runs here. Rows, notes and whatever else there is go into the result."""
     table = suites.load(suite)
     if real:
-        import real_model
+        from subjects import real_model
 
         result["real"] = real_model.run(console, quick)
         return

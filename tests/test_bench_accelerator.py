@@ -61,7 +61,7 @@ class Pretended:
 
 
 def test_caches_are_filled_before_and_outside_every_sample() -> None:
-    accelerator, measure = module("accelerator"), module("measure")
+    accelerator, measure = module("timing.accelerator"), module("timing.measure")
     device = Pretended()
     clock = accelerator.Clock(device, device.takes(1.0, "flush"))
     contenders = [measure.Contender(name, device.takes(seconds, name)) for name, seconds in (("a", 1e-3), ("b", 2e-3))]
@@ -75,7 +75,7 @@ def test_caches_are_filled_before_and_outside_every_sample() -> None:
 
 
 def test_a_slow_contender_has_fewer_samples() -> None:
-    accelerator, measure = module("accelerator"), module("measure")
+    accelerator, measure = module("timing.accelerator"), module("timing.measure")
     device = Pretended()
     contenders = [measure.Contender(name, device.takes(s)) for name, s in (("slow", 0.1), ("fast", 1e-4))]
     samples = accelerator.Clock(device, device.takes(0)).interleave(contenders, budget=0.5, most=20)
@@ -83,7 +83,7 @@ def test_a_slow_contender_has_fewer_samples() -> None:
 
 
 def test_the_flush_is_larger_than_the_cache() -> None:
-    accelerator = module("accelerator")
+    accelerator = module("timing.accelerator")
     clock = accelerator.clock(torch.device("cpu"), Pretended(), cache=300 << 20)
     buffer = clock.flush.__self__
     assert buffer.numel() == 2 * 300 << 20
@@ -91,7 +91,7 @@ def test_the_flush_is_larger_than_the_cache() -> None:
 
 
 def test_limits_of_a_device_are_its_copy_and_its_fastest_product() -> None:
-    accelerator, measure = module("accelerator"), module("measure")
+    accelerator, measure = module("timing.accelerator"), module("timing.measure")
     peaks = accelerator.Peaks(torch.device("cpu"), copied=1 << 16, square=64)
     samples = {c.name: measure.Samples([1e-6]) for c in peaks.contenders}
     for contender in peaks.contenders:
@@ -105,7 +105,7 @@ def test_limits_of_a_device_are_its_copy_and_its_fastest_product() -> None:
 
 
 def rows_on(device: Pretended) -> tuple[list[Any], list[str]]:
-    accelerator, compete, suites = module("accelerator"), module("compete"), module("suites")
+    accelerator, compete, suites = module("timing.accelerator"), module("timing.compete"), module("suites")
     where = torch.device("cpu")
     peaks = accelerator.Peaks(where, copied=1 << 16, square=64)
     for contender in peaks.contenders:
@@ -140,13 +140,13 @@ class Broken:
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module("accelerator"), "fp8_gemm_nt", Broken())
+    monkeypatch.setattr(module("timing.accelerator"), "fp8_gemm_nt", Broken())
     rows, notes = rows_on(Pretended())
     assert not rows and len(notes) == 2 and all("WRONG RESULT" in note and "ragged" in note for note in notes)
 
 
 def test_a_known_device_that_is_here_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator, commands, suites = module("accelerator"), module("commands"), module("suites")
+    accelerator, commands, suites = module("timing.accelerator"), module("commands"), module("suites")
     monkeypatch.setattr(moekern, "fp8_gemm_nt", (device := Pretended()).takes(3e-6))
     rows, _ = rows_on(device)
     here = moekern.Device("cuda", "sm_90", frozenset(), name="NVIDIA H800")

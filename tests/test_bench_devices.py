@@ -266,14 +266,14 @@ def test_a_suite_with_a_bad_row(tmp_path: Path) -> None:
 
 
 def test_a_noisy_row_is_flagged() -> None:
-    measure, report = module("measure"), module("report")
+    measure, report = module("timing.measure"), module("report")
     quiet, noisy = measure.Samples([1.0, 1.01, 0.99]), measure.Samples([1.0, 1.5, 0.6, 1.0, 1.4])
     assert not quiet.noisy and noisy.noisy and noisy.to_json()["noisy"]
     assert report.spread(noisy).plain == "noisy ±40.0%" and report.spread(quiet).plain == "±1.0%"
 
 
 def test_an_absent_peer_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    peers = module("peers")
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
-    chosen, absent = peers.choose("onnxruntime", peers.PEERS)
+    linear = module("peers.linear")
+    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: None)
+    chosen, absent = module("peers").choose("onnxruntime", linear.PEERS)
     assert not chosen and set(absent.values()) == {"onnxruntime is not installed"}

@@ -11,10 +11,10 @@ import predictions
 import published
 import report
 from comparison import Entry
-from compete import Row
-from machine import headline
 from model import constants
 from rich.text import Text
+from timing.compete import Row
+from timing.machine import headline
 from whole_model import Run
 
 from pages import figures

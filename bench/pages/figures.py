@@ -11,11 +11,11 @@ from typing import Any
 import predictions
 import published
 from comparison import Entry
-from compete import Row
 from devices import known
 from model import fit
 from model.gemm import Product
 from model.products import predict
+from timing.compete import Row
 from whole_model import Run
 
 # Ink and mark: dark and solid for what a clock showed, an open diamond for what others printed, light for the model.

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import compete
-import machine
-import problems
 import report
-from compete import Effort, Row
-from peers import Peer
+from peers.linear import Peer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from stock import Stock
 from suites import Linear
+from timing import compete, machine, problems
+from timing.compete import Effort, Row
+from timing.stock import Stock
 
 import moekern
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from compete import Effort, Row
-from measure import Contender, Samples
-from problems import SAMPLED_COLS, SAMPLED_ROWS, nbytes
 from suites import Linear
 
 import moekern
@@ -21,6 +18,9 @@ from moekern import Device, ScaledTensor, fp8_gemm_nt, per_block_cast_to_fp8, pe
 from moekern.testing import moving
 from moekern.testing.moving import Mover
 from moekern.testing.numerics import check_bound, gemm_oracle
+from timing.compete import Effort, Row
+from timing.measure import Contender, Samples
+from timing.problems import SAMPLED_COLS, SAMPLED_ROWS, nbytes
 
 FLUSHED = 2  # times the last cache, written between samples
 LEAST_FLUSHED = 512 << 20  # twice what AMD has behind the L2 that its driver tells of
