@@ -78,6 +78,10 @@ def runs(
     return found
 
 
+def _rate(tokens: float) -> str:
+    return f"{tokens:,.0f}" if tokens >= 10 else f"{tokens:.2g}"
+
+
 def _layer(console: Console, found: list[Run]) -> None:
     """A MoE layer step by step, a column for every device."""
     present = [run for run in found if run.found]
@@ -117,7 +121,7 @@ def _model(console: Console, found: list[Run], decoder: Decoder) -> None:
             run.device.eight_bit,
             duration(run.found.seconds),
             duration(run.found.hidden),
-            f"{run.tokens / run.found.seconds:,.0f} to {run.tokens / run.found.hidden:,.0f}",
+            f"{_rate(run.tokens / run.found.seconds)} to {_rate(run.tokens / run.found.hidden)}",
             Text(says, "cyan"),
             basis,
             Text(notes, "red"),

@@ -73,9 +73,7 @@ BASIS = {
         "borrowed", "Hopper's constants: its scales are multiplied by the tensor cores, so it may be faster"
     ),
 }
-ASCEND = Fitted(
-    "assumed", "77 to 83% of INT8 peak and 84% of bandwidth as published for the 910C, the rest as Hopper's"
-)
+ASCEND = Fitted("assumed", "large products and bandwidth as published for 910B and 910C, the rest as Hopper's")
 CPU = Fitted("fitted", "on kernels of this machine, with limits measured in this run")
 
 
