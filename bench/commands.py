@@ -46,10 +46,11 @@ def compare(
     rows = m or comparison.ROWS
     this: Device | None = None
     measured: list[Row] = []
-    if THIS in chosen:
+    model = _model_here()
+    if THIS in chosen or model in chosen:
         this, measured, notes = _measure_this(console, table, rows, quick)
         result["notes"] += notes
-    found = comparison.entries(chosen, table.linears, rows, this, measured)
+    found = comparison.entries(chosen, table.linears, rows, this, measured, model)
     for linear in table.linears:
         console.print()
         console.print(f"[bold]{linear.name}[/] · N {linear.n} × K {linear.k}", highlight=False)
@@ -59,6 +60,12 @@ def compare(
         console.print("[bold red]Some measured times are noisy: a neighbour was on the cores. See --json for which.")
     result["rows"], result["entries"] = measured, found
     result["title"] = f"fp8_gemm_nt · {table.model}"
+
+
+def _model_here() -> str | None:
+    """The known device that is here."""
+    known = (devices.by_title(device.name) for _, device in accelerator.found())
+    return next((device.name for device in known if device), None)
 
 
 def _measure_this(
@@ -112,13 +119,15 @@ def whole_model(
     words("--what", what, list(MODELS))
     chosen = [name for name in devices.named(names or comparison.DEVICES) if name != THIS or names]
     this: Device | None = None
+    table = suites.load("deepseek-v3")
     if THIS in chosen:
-        table = suites.load("deepseek-v3")
         this, _, notes = _measure_this(console, replace(table, linears=table.linears[:1]), (1, 128), True)
         result["notes"] += notes
     found = model_runs.runs(chosen, this, what, tokens, ep, sequence)
     model_runs.show(console, found, what)
     result["model"] = found
+    result["entries"] = comparison.entries(chosen, table.linears, comparison.ROWS, this, [])
+    result["title"] = MODELS[what].title
 
 
 def register(app: typer.Typer) -> None:

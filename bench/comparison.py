@@ -76,9 +76,14 @@ class Entry:
 
 
 def entries(
-    names: Iterable[str], linears: Iterable[Linear], rows: Iterable[int], this: Device | None, measured: list[Row]
+    names: Iterable[str],
+    linears: Iterable[Linear],
+    rows: Iterable[int],
+    this: Device | None,
+    measured: list[Row],
+    model: str | None = None,
 ) -> list[Entry]:
-    """Of every linear layer, number of rows and device. `measured` are this run's, on `this`."""
+    """Of every linear layer, number of rows and device. `measured` are this run's, on `this`, which is a `model`."""
     chosen = [this if name == THIS else known()[name] for name in names]
     at = {(row.shape["n"], row.shape["k"], row.shape["m"]): row for row in measured if row.selected}
     found = []
@@ -86,7 +91,7 @@ def entries(
         for m in rows:
             for device in chosen:
                 assert device is not None
-                here = at.get((linear.n, linear.k, m)) if device is this else None
+                here = at.get((linear.n, linear.k, m)) if device is this or device.name == model else None
                 isa = here.isa if here else "avx2"
                 found.append(
                     Entry(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ for package in ("typer", "rich", "matplotlib", "psutil", "threadpoolctl", "cpuin
     pytest.importorskip(package)
 
 BENCH = Path(__file__).parent.parent / "bench"
+LINEAR = {"name": "ragged", "n": 130, "k": 256}
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +114,7 @@ def rows_on(device: Pretended) -> tuple[list[Any], list[str]]:
     for contender in peaks.contenders:
         contender.call = device.takes(1e-6)
     clock = accelerator.Clock(device, device.takes(0))
-    linears = [suites.Linear("ragged", 130, 256)]
+    linears = [suites.Linear(**LINEAR)]
     return accelerator.run(where, moekern.devices()[0], linears, (1, 5), compete.Effort(1.0, 3), clock, peaks)
 
 
@@ -145,7 +148,7 @@ def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not rows and len(notes) == 2 and all("WRONG RESULT" in note and "ragged" in note for note in notes)
 
 
-def test_a_known_device_that_is_here_is_this(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_known_device_that_is_here_is_this(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator, commands, suites = module("timing.accelerator"), module("commands"), module("suites")
     monkeypatch.setattr(moekern, "fp8_gemm_nt", (device := Pretended()).takes(3e-6))
     rows, _ = rows_on(device)
@@ -157,3 +160,11 @@ def test_a_known_device_that_is_here_is_this(monkeypatch: pytest.MonkeyPatch) ->
     published = module("devices").known()["h800"]  # whose figures its constants are shares of
     assert (this.bandwidth, this.peak) == (published.bandwidth, published.peak)
     assert measured is rows and notes == ["a note"]
+    from rich.console import Console
+
+    # Named by its model, it has what was measured here too.
+    suite = tmp_path / "suite.json"
+    suite.write_text(json.dumps({"model": "x", "source": "x", "m": [1], "linears": [LINEAR]}))
+    result: dict[str, Any] = {"notes": []}
+    commands.compare(Console(file=io.StringIO()), result, "h800,mi300x", str(suite), (1, 5), True)
+    assert [bool(entry.measured) for entry in result["entries"]] == [True, False] * 2

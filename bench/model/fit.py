@@ -36,7 +36,7 @@ PRIOR = {
 }  # fmt: skip
 # Of Ascend no row by shape is published, but 77 to 83% of INT8 peak and 84% of bandwidth on the 910C, and 83% of bf16
 # peak for 8192 x 8192 x 8192 on a 910B: large products come out there, and operands do not bind them.
-ASSUMED = {"rate": 0.93, "step": 1e-9, "memory": 0.84, "operands": 400e9}
+ASSUMED = {"rate": 0.93, "memory": 0.84, "operands": 400e9}
 PULL = 0.3  # weight of the prior: a factor of e away costs as much as a row that is off by 30%
 AT_MOST = {"rate": 1.0, "memory": 1.0, "queue": 1.0}
 

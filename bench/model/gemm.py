@@ -69,7 +69,8 @@ def on_tile(
     if tile.columns % 32 and max(product.rows, default=0) > BLOCK:
         matrix *= constant.ragged
     steps = product.k / tile.split / BLOCK
-    one = steps * (matrix + constant.step) + constant.tile + constant.store * area / BLOCK**2
+    step = max(matrix, constant.step) if kernels.hides_step else matrix + constant.step
+    one = steps * step + constant.tile + constant.store * area / BLOCK**2
     waves = ceil_div(tiles, cores) if kernels.persistent else 1 + constant.queue * max(0.0, tiles / cores - 1)
     # Partial sums in f32 are added into memory and then turned into the result.
     partial = 4 * sum(product.rows) * product.n * tile.split if tile.split > 1 else 0

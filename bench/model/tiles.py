@@ -31,6 +31,7 @@ class Kernels:
     persistent: bool
     candidates: Callable[[int, bool], list[Tile]]  # of the rows of a group, and whether groups are contiguous
     by_waves: bool  # the library's own rule: fewest waves, then the fullest last; otherwise whatever is fastest
+    hides_step: bool = False  # operands of the next step arrive while the matrix unit has work
 
 
 def _persistent(rows: tuple[int, ...], columns: tuple[int, ...]) -> Callable[[int, bool], list[Tile]]:
@@ -71,7 +72,7 @@ KERNELS = {
         Kernels("aiter-ck", False, _ck, by_waves=False),
         Kernels("aiter-asm", False, _ck, by_waves=False),
         Kernels("aiter-fmoe", False, _ck, by_waves=False),
-        Kernels("cube", True, _cube, by_waves=False),
+        Kernels("cube", True, _cube, by_waves=False, hides_step=True),
     )
 }
 BEST = {"hopper": "deepgemm-2025-04", "cdna3": "aiter-ck", "cdna4": "aiter-ck", "ascend": "cube"}  # of a family

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +37,7 @@ def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) ->
 
     matplotlib.use("Agg")
     # Text stays text, so that a reader can search the page; ids do not depend on the run.
-    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "moekern", "font.family": "sans-serif"})
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "moekern", "font.family": "DejaVu Sans"})
     from matplotlib import pyplot
 
     figure, grid = pyplot.subplots(rows, columns, figsize=size, constrained_layout=True, squeeze=False)
@@ -44,6 +45,7 @@ def _grid(rows: int, columns: int, size: tuple[float, float], **options: Any) ->
         axes.grid(which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set(**options)
+        axes.minorticks_off()
     return figure, grid
 
 
@@ -55,7 +57,9 @@ def svg(figure: Any) -> str:
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     text = out.getvalue()
-    return text[text.index("<svg") :]
+    # A tenth of a point is what a screen shows: coordinates with six digits, and indents, are most of the page.
+    paths = re.sub(r'\b(d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d)\d+", r"\1", found[0]), text)
+    return re.sub(r"\n\s*", "\n", paths[paths.index("<svg") :]).replace("'DejaVu Sans'", "sans-serif")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -191,7 +195,8 @@ def steps(runs: list[Run]) -> Any:
             width = 100 * step.seconds / whole
             axes.barh(place, width, left=left, color=KIND_COLOURS[step.kind], edgecolor="white", linewidth=0.4)
             if width > 7:
-                axes.text(left + width / 2, place, step.name, ha="center", va="center", fontsize=7)
+                ink = "white" if step.kind == "compute" else "black"
+                axes.text(left + width / 2, place, step.name, ha="center", va="center", fontsize=7, color=ink)
             left += width
     axes.set_yticks(range(len(present)), [f"{run.device.name}, {run.phase}" for run in reversed(present)])
     for kind, colour in KIND_COLOURS.items():
