@@ -11,6 +11,10 @@ import report
 from rich.console import Console
 
 
+class Nothing(Exception):
+    """A run has nothing for a file of this kind; the text says what would have."""
+
+
 @dataclass(frozen=True)
 class Targets:
     html: Path | None
@@ -38,6 +42,8 @@ class Targets:
         if self.html:
             import pages
 
+            if not any(result.get(key) for key in ("rows", "entries", "model")):
+                raise Nothing("--html: the run has no rows to show; products, --compare-devices and --what have")
             pages.write(self.html, result)
             console.print(f"page: {self.html}")
 
@@ -110,4 +116,4 @@ def _plot(path: Path, result: dict[str, Any]) -> None:
     elif any(row.flops for row in result.get("rows", [])):
         report.plot(path, result["rows"], result["machine"], result["title"])
     else:
-        raise ValueError("--plot: the run has nothing with operations to draw")
+        raise Nothing("--plot: the run has nothing with operations to draw")

@@ -7,31 +7,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import commands
+import devices
 import outputs
 import packages
-import report
 import suites
 import typer
+from measuring import OP_NAMES, Wanted, measure
 from options import console as new_console
-from options import numbers, settle, words
-from peers import choose
-from peers.grouped import GROUPED_PEERS
-from peers.linear import PEERS
-from peers.moe import MOE_PEERS
-from rich.console import Console
-from subjects import engine, grouped, moe, overheads, routing
-from subjects.linears import Bench
-from timing import compete, machine, problems
-from timing.compete import Effort, Row
+from options import numbers, settle
+from subjects import grouped
+from timing import compete, machine
 
 from moekern.testing.moe_models import LAYERS
 
-OP_NAMES = list(problems.OPS)  # of one linear layer; --op moe, grouped and routing are of whole sets of experts
-ROUTING = {"routing": routing.OP_NAMES, **{name: [name] for name in routing.OP_NAMES}}
-ALL_PEERS, QUICK_PEERS = "torch,onnxruntime", "torch-bf16,torch-fp32,torch-int8"
-QUICK_MOE_PEERS, QUICK_GROUPED_PEERS = "torch-loop-bf16", "torch-mm-bf16"
-MOE_LAYERS = "deepseek-v3,qwen3-30b-a3b,mixtral-like"
-MODELS = "qwen3-30b-a3b"
 BUSY = 0.5  # load, before this run adds its own
 IN_ORDER = "options come behind the command"
 
@@ -81,20 +69,30 @@ def main(
     targets = outputs.Targets(html, json, csv, plot)
     try:
         targets.check()
+        suites.load(suite)
+        devices.named(compare_devices or devices.THIS)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    try:
         if what:
             commands.whole_model(console, result, what, compare_devices, tokens, ep, sequence)
         elif compare_devices:
             commands.compare(console, result, compare_devices, suite, numbers("--m", m) if m else None, quick)
+        elif real:
+            from subjects import real_model
+
+            result["real"] = real_model.run(console, quick)
         else:
             if facts["load"] > BUSY:
                 console.print(f"[yellow]The machine is busy (load {facts['load']}): expect a wide spread.")
-            measure(console, result, suite, op, kernel, m, activations, peers, quick, overhead, groups, layers,
-                    checkpoint, layer, depth, real)  # fmt: skip
+            wanted = Wanted(suite, op, kernel, m, activations, peers, quick, overhead, groups, layers, checkpoint,
+                            layer, depth)  # fmt: skip
+            measure(console, result, wanted)
             if html:
                 commands.beside(result, suite)
         targets.write(console, result)
-    except (ValueError, packages.Missing) as error:
-        raise typer.BadParameter(str(error)) from None
+    except (outputs.Nothing, packages.Missing) as reason:
+        raise typer.BadParameter(str(reason)) from None
     for note in result["notes"]:
         console.print(f"[red]{note}", highlight=False)
     console.print(f"[dim]{time.perf_counter() - started:.0f} s")
@@ -105,65 +103,6 @@ def main(
 def _given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
-
-
-def measure(
-    console: Console, result: dict[str, Any], suite: str, op: str, kernel: str | None, m: str | None, activations: str,
-    peers: str | None, quick: bool, overhead: bool, groups: int, layers: str | None, checkpoint: Path | None,
-    layer: int, depth: int, real: bool,
-) -> None:  # fmt: skip
-    """What runs here. Rows, notes and whatever else there is go into the result."""
-    table = suites.load(suite)
-    if real:
-        from subjects import real_model
-
-        result["real"] = real_model.run(console, quick)
-        return
-    kinds = words("--activations", activations, ["bf16", "fp8"])
-    effort = Effort(0.25, 9) if quick else Effort(1.0, 25)
-    rows: list[Row] = []
-    absent: dict[str, str] = {}
-    if op == "moe":
-        chosen, absent = choose(peers or (QUICK_MOE_PEERS if quick else ALL_PEERS), MOE_PEERS)
-        names = words("--layers", layers or MOE_LAYERS, list(LAYERS))
-        weights = [moe.mapped(checkpoint, layer)] if checkpoint else moe.load(names)
-        count = numbers("--m", m) if m else moe.QUICK_TOKENS if quick else moe.TOKENS
-        thorough = effort if quick else Effort(2.0, 25)
-        rows, notes = moe.run(console, weights, count, kinds, kernel, chosen, thorough)
-    elif op == "grouped":
-        chosen, absent = choose(peers or (QUICK_GROUPED_PEERS if quick else "torch"), GROUPED_PEERS)
-        experts = tuple(linear for linear in table.linears if linear.expert)
-        if not experts:
-            raise typer.BadParameter(f"{suite}: it has no experts", param_hint="--suite")
-        of_all = numbers("--m", m) if m else grouped.QUICK_ROWS if quick else grouped.ROWS
-        rows, notes = grouped.run(console, experts, groups, of_all, kinds, kernel, chosen, effort)
-    elif op == "model":
-        names = words("--layers", layers or MODELS, list(engine.CONFIGS))
-        prompts = numbers("--m", m) if m else engine.QUICK_PREFILL if quick else engine.PREFILL
-        slices, notes = engine.run(console, names, depth, prompts, Effort(1.0, 9) if quick else Effort(4.0, 25))
-        result["slices"] = [found.to_json() for found in slices]
-    elif op in ROUTING:
-        chosen, absent = choose(peers or "torch", routing.ROUTING_PEERS)
-        count = numbers("--m", m) if m else routing.QUICK_TOKENS if quick else routing.TOKENS
-        names = words("--layers", layers or MOE_LAYERS, list(LAYERS))
-        rows, notes = routing.run(console, ROUTING[op], names, count, kinds, kernel, chosen, effort)
-    else:
-        chosen, absent = choose(peers or (QUICK_PEERS if quick else ALL_PEERS), PEERS)
-        ops = OP_NAMES if op == "all" else words("--op", op, OP_NAMES)
-        count = numbers("--m", m) if m else table.quick_m if quick else table.m
-        bench = Bench(console, ops, table.linears, count, kinds)
-        bench.run(kernel, chosen, effort)
-        rows, notes = bench.rows, bench.notes
-        if not rows and not notes:
-            raise typer.BadParameter(f"{kernel}: no kernel of that name accepts any case", param_hint="--kernel")
-    if rows:
-        report.legend(console, rows, absent)
-    if overhead and kernel is None and op in (*OP_NAMES, "all"):
-        result["overheads"], more = overheads.run(console, bench.stock, effort, quick)
-        notes = [*notes, *more]
-    result["rows"] = rows
-    result["title"] = f"{op} · {table.model}"
-    result["notes"] += notes
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

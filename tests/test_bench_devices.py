@@ -183,8 +183,13 @@ def test_text_of_a_run_is_no_markup(compared: dict[str, Any]) -> None:
     machine = {**compared["machine"], "torch": "<script>alert(1)</script>"}
     text = pages.render({"machine": machine, "notes": ["<b>loud</b>"]}, [], [], [])
     assert "<script>" not in text and "<b>loud" not in text and "&lt;b&gt;loud" in text
-    with pytest.raises(ValueError, match="nothing to show"):
-        pages.write(Path("nowhere"), {"machine": machine})
+
+
+def test_a_run_without_rows_has_no_page(tmp_path: Path) -> None:
+    outputs = module("outputs")
+    targets = outputs.Targets(tmp_path / "page.html", None, None, None)
+    with pytest.raises(outputs.Nothing, match="no rows to show"):
+        targets.write(None, {"machine": {}, "rows": []})
 
 
 # ---- whole models ------------------------------------------------------------------------------------
