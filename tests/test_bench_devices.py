@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -83,8 +84,8 @@ def test_every_shape_has_every_device_with_its_evidence(compared: dict[str, Any]
     assert h800["of_peak"]["published"] == pytest.approx(1168 / 1978.9)
     here = [e for e in entries if e["device"] == "this"]
     assert [("measured" in e["seconds"]) for e in here] == [True, True, False] * 2  # 4096 rows would take a minute
-    limits = compared["results"][0]["limits"]
-    assert here[0]["bandwidth"] == pytest.approx(limits["read"], rel=0.8)
+    assert here[0]["bandwidth"] == statistics.median(row["limits"]["read"] for row in compared["results"])
+    assert here[0]["peak"] == statistics.median(row["limits"]["multiply_add"] for row in compared["results"])
     assert all(e["seconds"]["predicted"] > 0 for e in entries)
 
 
