@@ -16,7 +16,7 @@ python := $(VENV)/bin/python
 native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests -name '*.cpp' -o -name '*.h')
 
-unsanitized := triton machine_code launch warmup on_device device_operands
+unsanitized := triton machine_code launch warmup on_device device_operands bench_model bench_devices bench_accelerator
 
 .PHONY: bench bench-ci test interpreted lint types format engines sanitize
 
@@ -76,7 +76,8 @@ engines: $(VENV)/installed
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
 # other CPUs run in a process of their own, which is not this build; those in Triton are no native code.
-# device_operands counts on faults, which ASan would take for errors.
+# device_operands counts on faults, which ASan would take for errors. The benchmark's page and model are no native code
+# of ours, and a browser bears no foreign malloc.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \

@@ -73,6 +73,8 @@ def main(
         devices.named(compare_devices or devices.THIS)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if facts["load"] > BUSY and (compare_devices is None or devices.THIS in compare_devices) and not what:
+        console.print(f"[yellow]The machine is busy (load {facts['load']}): expect a wide spread.")
     try:
         if what:
             commands.whole_model(console, result, what, compare_devices, tokens, ep, sequence)
@@ -83,8 +85,6 @@ def main(
 
             result["real"] = real_model.run(console, quick)
         else:
-            if facts["load"] > BUSY:
-                console.print(f"[yellow]The machine is busy (load {facts['load']}): expect a wide spread.")
             wanted = Wanted(suite, op, kernel, m, activations, peers, quick, overhead, groups, layers, checkpoint,
                             layer, depth)  # fmt: skip
             measure(console, result, wanted)
