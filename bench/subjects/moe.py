@@ -12,16 +12,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import machine
 import psutil
 import report
 import torch
-from compete import PEER_ERROR, WRONG, Effort, Row
-from limits import Limits
-from measure import Contender, interleave
-from moe_peers import MoePeer, Routing
+from peers.moe import MoePeer, Routing
 from rich.console import Console
-from stock import PAGE, Stock
+from timing import machine
+from timing.compete import PEER_ERROR, WRONG, Effort, Row
+from timing.limits import Limits
+from timing.measure import Contender, interleave
+from timing.stock import PAGE, Stock
 
 import moekern
 from moekern import ExpertWeights, Kernel, fused_experts, fused_experts_workspace

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from stock import Copies, Stock
 
 import moekern
 from moekern import Op, ScaledTensor, fp8_gemm_nt, per_token_cast_to_fp8
 from moekern.testing.numerics import GemmOracle, check_bound, gemm_oracle
+from timing.stock import Copies, Stock
 
 SAMPLED_ROWS, SAMPLED_COLS = 16, 64
 

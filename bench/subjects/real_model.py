@@ -16,11 +16,11 @@ from typing import Any
 
 import packages
 import torch
-from measure import Contender, Samples, interleave
-from problems import sampled_error
 from report import bare_table, duration, spread
 from rich.console import Console
 from rich.table import Table
+from timing.measure import Contender, Samples, interleave
+from timing.problems import sampled_error
 from torch import nn
 from torch.nn import functional as F
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from measure import Contender, Samples
-from stock import Copies, Stock
 
 import moekern
 from moekern import _C, Kernel
+from timing.measure import Contender, Samples
+from timing.stock import Copies, Stock
 
 READ_BYTES = 32 << 20  # several milliseconds on two channels, and some copies in every pool
 

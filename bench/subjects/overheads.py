@@ -12,14 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import compete
-import problems
 import report
 import torch
-from compete import Effort
-from measure import Contender, Samples, interleave
 from rich.console import Console
-from stock import Stock
+from timing import compete, problems
+from timing.compete import Effort
+from timing.measure import Contender, Samples, interleave
+from timing.stock import Stock
 
 from moekern import _C, Kernel, fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
 from moekern.op import Op

@@ -9,14 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from limits import Limits
-from measure import Contender, Samples, interleave
-from peers import Peer
-from problems import Problem
-from stock import Stock
+from peers.linear import Peer
 
 import moekern
 from moekern import Kernel, ScaledTensor
+from timing.limits import Limits
+from timing.measure import Contender, Samples, interleave
+from timing.problems import Problem
+from timing.stock import Stock
 
 WRONG = "WRONG RESULT"
 PEER_ERROR = 0.1  # relative rms beyond which a peer computes something else

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -181,23 +181,3 @@ PEERS: tuple[type[Peer], ...] = (
     OnnxRuntimeInt8,
     OnnxRuntimeFp32,
 )
-
-
-P = TypeVar("P", bound="type[Any]")
-
-
-def choose(wanted: str, peers: tuple[P, ...]) -> tuple[list[P], dict[str, str]]:
-    """Peers by name or family ("torch", "onnxruntime-int8", "none"), and why those absent are absent."""
-    chosen: list[P] = []
-    absent: dict[str, str] = {}
-    for word in (part.strip() for part in wanted.split(",") if wanted != "none"):
-        named = [peer for peer in peers if word in (peer.name, peer.name.split("-")[0])]
-        if not named:
-            names = ", ".join(peer.name for peer in peers)
-            raise ValueError(f"--peers {word}: it is none of {names}, or a family of them")
-        for peer in named:
-            if reason := peer.missing():
-                absent[peer.name] = reason
-            elif peer not in chosen:
-                chosen.append(peer)
-    return chosen, absent

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import packages
-import peak_memory
 import psutil
 import torch
-from compete import WRONG, Effort
-from measure import Contender, Samples, interleave
 from report import bare_table, duration, show, spread
 from rich.console import Console
+from timing.compete import WRONG, Effort
+from timing.measure import Contender, Samples, interleave
+
+from subjects import peak_memory
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {  # as published, but for the vocabulary and the number of layers
     "qwen3-30b-a3b": (

@@ -14,18 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import machine
-import moe
 import packages
-import peak_memory
 import torch
-from compete import Effort
-from measure import Contender, Samples, interleave
 from report import bare_table, duration, show, spread
 from rich.console import Console
+from timing import machine
+from timing.compete import Effort
+from timing.measure import Contender, Samples, interleave
 
 import moekern
 from moekern import ExpertWeights, fused_experts
+from subjects import moe, peak_memory
 
 PACKAGES, INSTALL = ("onnx", "onnxscript", "onnxruntime"), "pip install 'moekern[onnx]'"
 LAYERS = "qwen3-30b-a3b"

@@ -14,6 +14,7 @@ from typing import Any
 
 SHORTEST_SAMPLE = 200e-6  # shorter calls are timed several at a time: the clock and its call take 0.1 us
 AWAKE = 5e-3  # a sample shorter than this starts with an untimed call, so that sleeping threads are not in it
+NOISY = 0.1  # median distance from the median, relative, beyond which a row is flagged
 ONCE = 1.0  # a call longer than this is sampled once
 
 
@@ -47,9 +48,14 @@ class Samples:
         """The standard error of the median, relative: 1.25 sigma / sqrt(n), with sigma = 1.48 MAD."""
         return 1.25 * 1.48 * self.mad / math.sqrt(len(self.seconds)) / self.median
 
+    @property
+    def noisy(self) -> bool:
+        return self.mad > NOISY * self.median
+
     def to_json(self) -> dict[str, Any]:
         return {
             "median": self.median,
+            "noisy": self.noisy,
             "mad": self.mad,
             "min": min(self.seconds),
             "samples": len(self.seconds),

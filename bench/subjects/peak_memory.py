@@ -1,7 +1,7 @@
 """The largest resident memory of a process that loads a model and runs one token, in bytes.
 
-python bench/peak_memory.py FOLDER moekern         # or transformers, which makes bf16 of it without a GPU
-python bench/peak_memory.py FILE onnxruntime K     # a file of ONNX whose input has K columns
+python bench/subjects/peak_memory.py FOLDER moekern         # or transformers, which makes bf16 of it without a GPU
+python bench/subjects/peak_memory.py FILE onnxruntime K     # a file of ONNX whose input has K columns
 """
 
 from __future__ import annotations

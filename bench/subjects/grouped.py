@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import compete
-import machine
 import report
 import torch
-from compete import Effort, Row
-from grouped_peers import GroupedPeer
-from problems import Problem, check_gemm, nbytes, sampled_error
+from peers.grouped import GroupedPeer
 from rich.console import Console
-from stock import PAGE, Stock
 from suites import Linear
+from timing import compete, machine
+from timing.compete import Effort, Row
+from timing.problems import Problem, check_gemm, nbytes, sampled_error
+from timing.stock import PAGE, Stock
 
 import moekern
 from moekern import GroupedLayout, GroupedWeights, ScaledTensor, m_grouped_fp8_gemm_nt_contiguous
