@@ -80,7 +80,8 @@ engines: $(VENV)/installed
 # A second environment that sees the packages of VENV but not its editable moekern. ASan has to be the
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
-# other CPUs run in a process of their own, which is not this build; those in Triton are no native code.
+# other CPUs run in a process of their own, which is not this build; those in Triton are no native code, and those for
+# Hopper would be compiled once more.
 # device_operands counts on faults, which ASan would take for errors. The benchmark's page and model are no native code
 # of ours, and a browser bears no foreign malloc.
 sanitize: $(VENV)/installed
@@ -88,8 +89,9 @@ sanitize: $(VENV)/installed
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \
 	  $$(build/sanitize/venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth
 	$(python) -m pip --python build/sanitize/venv/bin/python install -q --no-build-isolation --no-deps --force-reinstall . \
-	  -C build-dir=build/sanitize/cmake -C cmake.define.MOEKERN_SANITIZE=ON -C install.strip=false
+	  -C build-dir=build/sanitize/cmake -C cmake.define.MOEKERN_SANITIZE=ON -C install.strip=false \
+	  -C cmake.define.MOEKERN_CUDA=OFF -C cmake.define.MOEKERN_EMULATOR=OFF
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  build/sanitize/venv/bin/python -m pytest --capture=sys -m "not slow" -k "not aarch64 and not emulated and not remote" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive \
+	  build/sanitize/venv/bin/python -m pytest -n 2 --dist worksteal --capture=sys -m "not slow" -k "not aarch64 and not emulated and not remote" \
 	  $(unsanitized:%=--ignore tests/test_%.py) $(PYTEST)
