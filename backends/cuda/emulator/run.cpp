@@ -395,7 +395,7 @@ struct Machine {
       const size_t current = w.current, paths = w.paths.size();
       const uint32_t pc = w.path().pc;
       const Status status = alone ? straight(w, budget, moved) : single(w, moved);
-      if (!alone) --budget;
+      if (!alone && status != Status::blocked) --budget;  // or the last of it, and another path could have gone on
       if (status == Status::blocked) {
         w.path().blocked = true;
         if (alone) break;
