@@ -43,6 +43,7 @@ def elementwise(instruction: str, inputs: Sequence[np.ndarray], result: Any, *, 
 
 
 M, N, STAGES = 64, 64, 2
+COPY = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TILE_BYTES = 128 * (M + N)
 
 
@@ -131,8 +132,8 @@ mad.lo.u32 %bar, %stage, 8, %bars;
 {parts["wait_empty"]}
 {parts["expect"]}
 mad.lo.u32 %a, %stage, {TILE_BYTES}, %tiles; add.u32 %b, %a, {128 * M}; shl.b32 %x, %k, 7;
-cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%a], [%ma, {{%x, {parts["copy_row"]}}}], [%bar];
-cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%b], [%mb, {{%x, 0}}], [%bar];
+{COPY} [%a], [%ma, {{%x, {parts["copy_row"]}}}], [%bar];
+{COPY} [%b], [%mb, {{%x, 0}}], [%bar];
 add.u32 %k, %k, 1; bra NEXT;
 DONE: ret;
 """

@@ -398,8 +398,10 @@ ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%a0, %a1, %a2, %a3}, [%r];
 and.b32 %r, %t, 7; mad.lo.u32 %r, %r, 32, %s; shr.u32 %v, %t, 3; and.b32 %v, %v, 1; mad.lo.u32 %r, %v, 16, %r;
 ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%b0, %b1}, [%r+512];
 mov.f32 %c0, 0f00000000; mov.f32 %c1, %c0; mov.f32 %c2, %c0; mov.f32 %c3, %c0;
-mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%c0, %c1, %c2, %c3}, {%a0, %a1, %a2, %a3}, {%b0, %b1}, {%c0, %c1, %c2, %c3};
-mul.wide.u32 %x, %t, 8; add.u64 %out, %out, %x; st.global.v2.f32 [%out], {%c0, %c1}; st.global.v2.f32 [%out+256], {%c2, %c3};
+mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32
+  {%c0, %c1, %c2, %c3}, {%a0, %a1, %a2, %a3}, {%b0, %b1}, {%c0, %c1, %c2, %c3};
+mul.wide.u32 %x, %t, 8; add.u64 %out, %out, %x;
+st.global.v2.f32 [%out], {%c0, %c1}; st.global.v2.f32 [%out+256], {%c2, %c3};
 ret;"""
     ptx.module(ptx.kernel(body, ".param .u64 pa, .param .u64 pb, .param .u64 out")).launch(
         "k", 1, 32, [a.view("u2"), b.view("u2"), out]
@@ -418,7 +420,8 @@ add.u32 %v, %rank, 1; rem.u32 %v, %v, %size; mapa.shared::cluster.u32 %far, %s, 
 barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
 st.shared::cluster.u32 [%far], %id;
 barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
-ld.shared.u32 %v, [%s]; ld.param.u64 %out, [out]; mul.wide.u32 %x, %id, 4; add.u64 %out, %out, %x; st.global.u32 [%out], %v; ret;"""
+ld.shared.u32 %v, [%s]; ld.param.u64 %out, [out]; mul.wide.u32 %x, %id, 4; add.u64 %out, %out, %x;
+st.global.u32 [%out], %v; ret;"""
     ptx.module(ptx.kernel(body, ".param .u64 out")).launch("k", 8, 32, [out], cluster=4)
     assert out.tolist() == [3, 0, 1, 2, 7, 4, 5, 6]
 
