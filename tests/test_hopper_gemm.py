@@ -46,12 +46,11 @@ def gemms() -> Iterator[cases.Gemm]:
     ):  # fmt: skip
         for out in cases.FLOATS:
             yield cases.Gemm(m, n, k, "e4m3fn", out=out, layout_a="aligned", layout_b="aligned", layout_out="aligned")
-        yield cases.Gemm(m, n, k, "e4m3fn", layout_a="aligned", layout_b="aligned", values="scales apart")
         yield cases.Gemm(m, n, k, "e4m3fn", layout_a="aligned", layout_b="aligned", c="out", bias="bf16", out="f32")
     for values in ("codes", "all codes", "huge scales", "nan scales", "scales apart"):
         for m in (20, 200):
             yield cases.Gemm(
-                m, 336, 400, "e4m3fn", layout_a="aligned", layout_b="aligned", layout_out="aligned", values=values
+                m, 144, 400, "e4m3fn", layout_a="aligned", layout_b="aligned", layout_out="aligned", values=values
             )
 
 
