@@ -21,7 +21,7 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp'
 cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 unsanitized := triton machine_code launch warmup on_device device_operands \
-  $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py))
+  $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py)) golden_layouts mutants
 
 .PHONY: bench test interpreted mutants lint types format engines sanitize
 
