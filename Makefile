@@ -6,6 +6,7 @@
 #   make lint       formatting, linting, types
 #   make engines    its tests of engines, with the oldest releases of them that moekern claims
 #   make interpreted  every case of the Triton kernels in Triton's interpreter
+#   make mutants    every mutant of the kernels for Hopper, in the emulator
 #   make sanitize   the test suite on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 #
 # All work in VENV, which they create. PYTEST takes more arguments: make test PYTEST="-k gemm -x". The native module has the
@@ -21,9 +22,9 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp'
 cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 unsanitized := triton machine_code launch warmup tuning on_device device_operands bench_model bench_devices bench_accelerator \
-  cuda_build emulator_command emulated_triton mutants hopper_gemm_code
+  $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py)) golden_layouts mutants cuda_build
 
-.PHONY: bench bench-ci test interpreted lint types format engines sanitize
+.PHONY: bench bench-ci test interpreted mutants lint types format engines sanitize
 
 bench: $(VENV)/installed
 	$(python) bench/run.py
@@ -40,6 +41,10 @@ test: $(VENV)/installed
 # All cases of the Triton kernels in the interpreter, of which `make test` takes some.
 interpreted: $(VENV)/installed
 	MOEKERN_ALL_CASES=1 $(python) -m pytest -n 2 tests/test_triton.py $(PYTEST)
+
+# Kernels for Hopper with one instruction wrong: about an hour.
+mutants: $(VENV)/installed
+	$(python) tests/mutation.py
 
 $(VENV)/requirements: requirements-dev.txt requirements-models.txt
 	$(PYTHON) -m venv $(VENV)
@@ -80,8 +85,7 @@ engines: $(VENV)/installed
 # A second environment that sees the packages of VENV but not its editable moekern. ASan has to be the
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
-# other CPUs run in a process of their own, which is not this build; those in Triton are no native code, and those for
-# Hopper would be compiled once more.
+# other CPUs run in a process of their own, which is not this build; those in Triton and in PTX are no native code.
 # device_operands counts on faults, which ASan would take for errors. The benchmark's page and model are no native code
 # of ours, and a browser bears no foreign malloc.
 sanitize: $(VENV)/installed

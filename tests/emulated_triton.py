@@ -7,7 +7,6 @@ A process of its own, since Triton compiles nothing where TRITON_INTERPRET was s
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -23,13 +22,13 @@ import test_gate
 import test_grouped
 import test_kernels
 import torch
-from emulated_driver import Module, configure
 from executors import Executor
 
 import moekern
 from moekern.backends._triton.targets import TARGETS
 from moekern.backends._triton.tiles import Tiles
 from moekern.backends.cuda import tiles
+from moekern.backends.cuda.emulator import Module
 from moekern.op import Op
 from moekern.testing import cases, grouped_cases, routing_cases
 from moekern.testing.numerics import check_bound, check_rms, gemm_oracle
@@ -110,12 +109,6 @@ def problems() -> Iterator[Problem]:
         yield Problem(moekern.moe_gate, routing_cases.Gate(9, 256, 8, values=values, **gate), test_gate.test_gate)
 
 
-_SCALARS: dict[str, Any] = {
-    "i1": ctypes.c_int32, "i32": ctypes.c_int32, "i64": ctypes.c_int64, "u32": ctypes.c_uint32, "u64": ctypes.c_uint64,
-    "fp32": ctypes.c_float,
-}  # fmt: skip
-
-
 def run(launch: Any, stream: int | None = None) -> None:
     """In place of Launch.run."""
     if not all(launch.grid):
@@ -123,20 +116,12 @@ def run(launch: Any, stream: int | None = None) -> None:
     compiled = launch.compile(TARGET)
     metadata, programs = compiled.metadata, math.prod(launch.grid)
     scratch = torch.empty(metadata.global_scratch_size * programs + metadata.global_scratch_align, dtype=torch.uint8)
-    memory, values = [(scratch.data_ptr(), len(scratch), True)], []
-    for name, kind in compiled.src.signature.items():
-        value = launch.arguments.get(name)
-        if isinstance(value, torch.Tensor):
-            storage = value.untyped_storage()
-            memory.append((storage.data_ptr(), storage.nbytes(), True))
-            values.append(ctypes.c_uint64(value.data_ptr()))
-        elif kind != "constexpr":
-            values.append(_SCALARS[kind](value))
-    aligned = -(-scratch.data_ptr() // metadata.global_scratch_align) * metadata.global_scratch_align
-    values += [ctypes.c_uint64(aligned), ctypes.c_uint64(0)]  # and nothing to write profiles to
-    configure(races=0)  # Triton has several warps write the same value to one place
-    threads = _threads(compiled.asm["ptx"])
-    Module(compiled.asm["ptx"]).launch(metadata.name, launch.grid, threads, values, memory, metadata.shared)
+    aligned = scratch[-scratch.data_ptr() % metadata.global_scratch_align :]
+    kinds = compiled.src.signature.items()
+    given = [launch.arguments[name] for name, kind in kinds if kind != "constexpr"]
+    given += [aligned, 0]  # and nothing to write profiles to
+    text = compiled.asm["ptx"]
+    Module(text).launch(metadata.name, launch.grid, _threads(text), given, shared_bytes=metadata.shared)
 
 
 def _threads(text: str) -> int:

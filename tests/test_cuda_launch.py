@@ -14,6 +14,7 @@ import stub_driver
 import torch
 from stub_driver import Stub
 
+import moekern
 from moekern import _C
 
 
@@ -225,3 +226,106 @@ def test_kernels_go_to_the_current_stream_of_their_operands_device(tmp_path: Pat
     if how == "through_the_table" and not _C.uses_exchange_table():
         pytest.skip("this torch has no exchange table")
     assert process(stub_driver.build(tmp_path), ELSEWHERE.replace("{how}", how)) == "there\n"
+
+
+# ---- tensor maps --------------------------------------------------------------------------------------
+
+
+def gemm(b: moekern.ScaledTensor, a: moekern.ScaledTensor) -> None:
+    call = moekern.fp8_gemm_nt.prepare(a, b)
+    run, refuses = stub_driver.row("fp8_gemm_nt")
+    assert refuses(*call) is None
+    run(*call)
+
+
+def weights(rows: int, columns: int = 128) -> moekern.ScaledTensor:
+    return moekern.per_block_cast_to_fp8(torch.ones(rows, columns))
+
+
+@pytest.fixture
+def a() -> moekern.ScaledTensor:
+    return moekern.per_token_cast_to_fp8(torch.ones(64, 128))
+
+
+def maps(stub: Stub, b: moekern.ScaledTensor, a: moekern.ScaledTensor) -> int:
+    """How many a product encodes."""
+    before = stub.maps
+    gemm(b, a)
+    return stub.maps - before
+
+
+def test_maps_of_weights_are_remembered(stub: Stub, a: moekern.ScaledTensor) -> None:
+    b = weights(256)
+    first = maps(stub, b, a)
+    assert [maps(stub, b, a) for _ in range(3)] == [first - 1] * 3
+
+
+def test_another_tensor_at_the_address_has_another_map(stub: Stub, a: moekern.ScaledTensor) -> None:
+    """As when memory is freed and given out again: fewer rows, other strides, then what was there before."""
+    b = weights(256)
+    known = maps(stub, b, a) - 1
+    fewer = moekern.ScaledTensor(b.data[:128], b.scale[:1], b.block)
+    every_other = moekern.ScaledTensor(b.data[::2], b.scale[:1], b.block)
+    assert fewer.data.data_ptr() == every_other.data.data_ptr() == b.data.data_ptr()
+    for other in (fewer, every_other):
+        assert maps(stub, other, a) == known + 1
+        assert maps(stub, other, a) == known
+    assert maps(stub, b, a) == known
+
+
+def test_maps_are_another_drivers(tmp_path: Path, a: moekern.ScaledTensor) -> None:
+    b, found = weights(256), []
+    for _ in range(2):
+        with stub_driver.build(tmp_path).used() as stub:
+            found.append((maps(stub, b, a), maps(stub, b, a)))
+    assert found[0] == found[1] and found[0][0] == found[0][1] + 1
+
+
+def test_few_maps_are_kept(stub: Stub, a: moekern.ScaledTensor) -> None:
+    """More weights than a model has: what is remembered does not grow for ever."""
+    many = 20_000
+    data, scale = torch.ones(many + 128, 128).to(torch.float8_e4m3fn), torch.ones(1, 1)
+    first = moekern.ScaledTensor(data[:128], scale, (128, 128))
+    known = maps(stub, first, a) - 1
+    assert maps(stub, first, a) == known
+    for i in range(1, many):
+        gemm(moekern.ScaledTensor(data[i : i + 128], scale, (128, 128)), a)
+    assert maps(stub, first, a) == known + 1
+    assert maps(stub, first, a) == known
+
+
+# ---- choices ------------------------------------------------------------------------------------------
+
+
+def test_python_is_asked_once_for_a_shape(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moekern.backends.cuda import hopper
+
+    asked: list[tuple[int, ...]] = []
+    plan = hopper.tile_plan
+
+    def noting(*given: int) -> tuple[int, ...]:
+        asked.append(given)
+        return plan(*given)
+
+    monkeypatch.setattr(hopper, "tile_plan", noting)
+    a, b = moekern.per_token_cast_to_fp8(torch.ones(333, 128)), weights(1111)
+    for _ in range(3):
+        gemm(b, a)
+    assert len(asked) == 1 and {333, 1111, 128} <= set(asked[0])
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda *given: (128, 128), "returned 2 integers; it has to return "),
+        (lambda *given: (7, 7, 0, 1), "tiles of 7 x 7, which no kernel has"),
+        (lambda *given: 1 // 0, "division"),
+    ],
+)
+def test_a_wrong_answer_is_an_error(stub: Stub, monkeypatch: pytest.MonkeyPatch, answer, said: str) -> None:
+    from moekern.backends.cuda import hopper
+
+    monkeypatch.setattr(hopper, "tile_plan", answer)
+    rows = 400 + len(said)  # a shape that no test asks for
+    with pytest.raises((ValueError, ZeroDivisionError), match=said):
+        gemm(weights(131), moekern.per_token_cast_to_fp8(torch.ones(rows, 128)))

@@ -7,15 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated_driver
 import emulated_triton
 import pytest
 
 from moekern.backends._triton.kernels import why_not
+from moekern.backends.cuda import emulator
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-@pytest.mark.skipif(not emulated_driver.path().exists(), reason="built without the emulator")
+@pytest.mark.skipif(not emulator.library_path().exists(), reason="built without the emulator")
 def test_problems() -> None:
     script = Path(__file__).with_name("emulated_triton.py")
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import emulated_driver
 import golden_ptx
 import ml_dtypes
 import numpy
 import pytest
-from emulated_driver import Module, tensor_map
+
+from moekern.backends.cuda import emulator
+from moekern.backends.cuda.emulator import Module, TensorMap
+from moekern.backends.cuda.emulator.tensor_maps import _SWIZZLES
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "cute_layouts.json").read_text())
 BASE = GOLDEN["base_address"]
@@ -21,15 +23,15 @@ WGMMA = {8: ("e4m3", 32, numpy.dtype(ml_dtypes.float8_e4m3fn)), 16: ("bf16", 16,
 
 Array = numpy.ndarray[Any, Any]
 
-pytestmark = pytest.mark.skipif(not emulated_driver.path().exists(), reason="the emulated driver is not built")
+pytestmark = pytest.mark.skipif(not emulator.library_path().exists(), reason="the emulated driver is not built")
 
 
-def run(text: str, threads: int, operands: Array, out: Array, *maps: bytes, mapped: tuple[Array, ...] = ()) -> None:
-    """operands, out: what p0 and p1 point to. mapped: what is reached through the tensor maps."""
-    arrays = (operands, out, *mapped)
-    memory = [(x.ctypes.data, x.nbytes, x is not operands or x is out) for x in arrays]
-    pointers = [x.ctypes.data.to_bytes(8, "little") for x in (operands, out)]
-    Module(text).launch("program", (1,), threads, [*maps, *pointers], memory, golden_ptx.SHARED_BYTES)
+def run(text: str, threads: int, operands: Array, out: Array, *maps: TensorMap) -> None:
+    """operands, out: what p0 and p1 point to."""
+    operands = operands.view()
+    operands.flags.writeable = False
+    arguments = [*maps, operands, out]
+    Module(text).launch("program", 1, threads, arguments, shared_bytes=golden_ptx.SHARED_BYTES, races=False)
 
 
 def table(halves: dict[str, list[int]], outer: str = "threads", inner: str = "values") -> Array:
@@ -162,17 +164,18 @@ def _tile_bytes(tile: dict[str, Any], memory: Array) -> Array:
     return expected
 
 
-def _map(memory: Array, box: tuple[int, int], mode: int) -> bytes:
+def _map(memory: Array, box: tuple[int, int], tile: dict[str, Any]) -> TensorMap:
     """Of all but the last 16 bytes of each row."""
-    rows, pitch = memory.shape
-    return tensor_map(memory.ctypes.data, (pitch - 16, rows), (pitch,), box, mode)
+    swizzle = 0 if tile["swizzle"] == "none" else int(tile["swizzle"])
+    assert _SWIZZLES[swizzle] == tile["mode"]
+    return TensorMap(memory[:, :-16], box[::-1], swizzle=swizzle)
 
 
 @pytest.mark.parametrize("tile", GOLDEN["tiles"], ids=name)
 def test_loads_by_tma(tile: dict[str, Any]) -> None:
     memory, box, order = _boxes(tile)
     out = numpy.zeros(memory[:, :-16].size, numpy.uint8)
-    run(golden_ptx.load_boxes(order, box[0] * box[1]), 32, out, out, _map(memory, box, tile["mode"]), mapped=(memory,))
+    run(golden_ptx.load_boxes(order, box[0] * box[1]), 32, out, out, _map(memory, box, tile))
     numpy.testing.assert_array_equal(out, _tile_bytes(tile, memory))
 
 
@@ -181,7 +184,7 @@ def test_stores_by_tma(tile: dict[str, Any]) -> None:
     memory, box, order = _boxes(tile)
     tile_bytes, out = _tile_bytes(tile, memory), numpy.full_like(memory, 0xA5)
     text = golden_ptx.store_boxes(order, box[0] * box[1])
-    run(text, 32, tile_bytes, tile_bytes, _map(out, box, tile["mode"]), mapped=(out,))
+    run(text, 32, tile_bytes, tile_bytes.copy(), _map(out, box, tile))
     numpy.testing.assert_array_equal(out[:, :-16], memory[:, :-16])
     assert (out[:, -16:] == 0xA5).all()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = ("cpu", "cuda", "rocm", "ascend")
@@ -103,13 +104,13 @@ def test_vendor_packages_stay_in_their_backend() -> None:
 
 
 def test_only_the_bindings_know_python() -> None:
-    for path in sources("csrc", ".h", ".cpp") + sources("backends", ".h", ".cpp", ".inc"):
+    for path in sources("csrc", ".h", ".cpp") + sources("backends", ".h", ".cpp", ".inc", ".cu", ".cuh"):
         python = [i for i in includes(path) if i.startswith("pybind11") or i == "Python.h"]
         assert not python or path.parent == ROOT / "csrc/bindings", f"{path} includes {python}"
 
 
 def test_nobody_includes_torch() -> None:
-    for path in sources("csrc", ".h", ".cpp") + sources("backends", ".h", ".cpp", ".inc"):
+    for path in sources("csrc", ".h", ".cpp") + sources("backends", ".h", ".cpp", ".inc", ".cu", ".cuh"):
         assert not [i for i in includes(path) if i.startswith(("torch/", "ATen/", "c10/"))], path
 
 
@@ -118,7 +119,7 @@ def test_native_code_stays_in_its_folder() -> None:
         for include in includes(path):
             assert not include.startswith(tuple(f"{family}/" for family in FAMILIES)), f"{path} includes {include}"
             assert not include.startswith(tuple(VENDOR_HEADERS)), f"{path} includes {include}"
-    for path in sources("backends", ".h", ".cpp", ".inc"):
+    for path in sources("backends", ".h", ".cpp", ".inc", ".cu", ".cuh"):
         for include in includes(path):
             other = [f for f in FAMILIES if f != family_of(path) and include.startswith(f"{f}/")]
             assert not other, f"{path} includes {include}"
@@ -173,14 +174,21 @@ def beside_a_gpu(body: str, vendor: str = "cuda", absent: tuple[str, ...] = ()) 
     return done.stdout
 
 
+def test_import_opens_no_driver() -> None:
+    """Where torch finds no GPU, whatever driver there is stays closed."""
+    body = "import moekern; print([line for line in open('/proc/self/maps') if 'libcuda.so' in line])"
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True)
+    assert torch.cuda.is_available() or done.stdout == "[]\n"
+
+
 def test_import_finds_a_gpu_without_importing_triton_or_cupy() -> None:
     pytest.importorskip("triton")
     said = beside_a_gpu("""
 import moekern
-print(moekern.devices()[1].arch, *moekern.fp8_gemm_nt.kernels[-1].needs, moekern.devices()[1].without)
+print(moekern.devices()[1].arch, *moekern.fp8_gemm_nt.kernels[-1].needs, dict(moekern.devices()[1].without).keys())
 print({"triton", "cupy"} & set(sys.modules))
 """)
-    assert said.splitlines() == ["sm_90 triton ()", "set()"]
+    assert said.splitlines() == ["sm_90 triton dict_keys(['hopper'])", "set()"]  # there is no driver
 
 
 @pytest.mark.parametrize(

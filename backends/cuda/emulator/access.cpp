@@ -13,7 +13,10 @@ void misaligned(uint64_t address, uint32_t bytes, int lane) {
               lane);
 }
 
-Touch touch_of(Use use) { return use == Use::read ? Touch::read : use == Use::write ? Touch::write : Touch::atomic; }
+void touch(Warp& w, Cta& cta, uint32_t offset, uint32_t bytes, Use use, int lane) {
+  static const Touch kinds[] = {Touch::read, Touch::write, Touch::atomic, Touch::repeat};
+  if (use != Use::look) touch_shared(w, cta, offset, bytes, kinds[static_cast<int>(use)], lane);
+}
 
 uint8_t* host(Warp& w, uint64_t address, uint32_t bytes, Use use, int lane) {
   const Region* r = w.launch->regions->find(address, bytes);
@@ -38,7 +41,7 @@ uint8_t* local(Warp& w, uint64_t address, uint32_t bytes, int lane) {
 uint8_t* shared(Warp& w, uint32_t address, uint32_t bytes, Use use, int lane) {
   Cta& cta = shared_cta(w, address, lane);
   uint8_t* p = shared_bytes(cta, address, bytes, 1, lane, verb(use));
-  touch_shared(w, cta, shared_offset(address), bytes, touch_of(use), lane);
+  touch(w, cta, shared_offset(address), bytes, use, lane);
   return p;
 }
 
@@ -82,7 +85,7 @@ void resolve_addresses(Warp& w, uint32_t lanes, Unit unit, bool wide, int64_t of
       bool run = lanes == kAllLanes && high < (1u << kRankShift) && low == (address[0] & ~kWindowMask);
       for (int l = 1; run && l < 32; ++l) run = address[l] == address[0] + static_cast<uint64_t>(l) * bytes;
       if (run && address[0] >= kSharedBase && address[31] + bytes <= end) {
-        touch_shared(w, own, static_cast<uint32_t>(address[0]), 32 * bytes, touch_of(use), -1);
+        touch(w, own, static_cast<uint32_t>(address[0]), 32 * bytes, use, -1);
         for (int l = 0; l < 32; ++l) pointers.at[l] = own.shared.data() + (address[l] - kSharedBase);
         return;
       }

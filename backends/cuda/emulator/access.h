@@ -4,7 +4,8 @@
 
 namespace moekern::emulator {
 
-enum class Use : uint8_t { read, write, update };  // update: an atomic
+// update: an atomic; repeat: a write of the bytes that are there; look: nothing yet, addresses only.
+enum class Use : uint8_t { read, write, update, repeat, look };
 
 struct Pointers {
   uint8_t* at[32];

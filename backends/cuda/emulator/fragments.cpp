@@ -43,7 +43,15 @@ Status load_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
 
 Status store_matrices(Warp& w, const Instruction& i, uint32_t lanes) {
   whole_warp(i, lanes);
-  const Rows rows(w, i, i.list_size, Use::write);
+  const Rows looked(w, i, i.list_size, Use::look);
+  bool same = true;
+  for (uint32_t m = 0; m < i.list_size; ++m)
+    for (int l = 0; l < 32; ++l)
+      for (int which = 0; which < 2; ++which) {
+        const auto v = static_cast<uint16_t>(w.lanes<uint32_t>(i.list[m])[l] >> (16 * which));
+        same &= std::memcmp(looked.element(m, l, which, i.mode), &v, 2) == 0;
+      }
+  const Rows rows(w, i, i.list_size, same ? Use::repeat : Use::write);
   for (uint32_t m = 0; m < i.list_size; ++m) {
     const uint32_t* a = w.lanes<uint32_t>(i.list[m]);
     for (int l = 0; l < 32; ++l) {

@@ -33,11 +33,30 @@ Status load(Warp& w, const Instruction& i, uint32_t lanes) {
 }
 
 template <typename T>
+bool stores_the_same(Warp& w, const Instruction& i, uint32_t lanes, const Pointers& p) {
+  for (uint32_t k = 0; k < i.list_size; ++k)
+    for (const int l : Lanes(lanes)) {
+      const T v = static_cast<T>(i.mode >> k & 1 ? w.lanes<uint64_t>(i.list[k])[l] : w.lanes<uint32_t>(i.list[k])[l]);
+      if (std::memcmp(p.at[l] + k * sizeof(T), &v, sizeof(T)) != 0) return false;
+    }
+  return true;
+}
+
+template <typename T>
 Status store(Warp& w, const Instruction& i, uint32_t lanes) {
   const uint32_t n = i.list_size;
   Pointers p;
-  resolve_addresses(w, lanes, i.a, i.wide_address, i.offset, i.space, static_cast<uint32_t>(sizeof(T)) * n, Use::write,
-                    p);
+  const auto resolve = [&](Use use) {
+    resolve_addresses(w, lanes, i.a, i.wide_address, i.offset, i.space, static_cast<uint32_t>(sizeof(T)) * n, use, p);
+  };
+  // Compilers let several warps store the same value to the same place.
+  const bool maybe_shared = i.space == ptx::Space::shared || i.space == ptx::Space::generic;
+  if (maybe_shared && w.launch->settings.races) {
+    resolve(Use::look);
+    resolve(stores_the_same<T>(w, i, lanes, p) ? Use::repeat : Use::write);
+  } else {
+    resolve(Use::write);
+  }
   bool changed = false;
   for (uint32_t k = 0; k < n; ++k) {
     const bool wide = i.mode >> k & 1;

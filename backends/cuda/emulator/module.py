@@ -124,8 +124,8 @@ class Module:
         """Runs a kernel to its end. Raises Fault if it does anything wrong.
 
         arguments: one for each parameter. An array or tensor stands for its address; the kernel may touch the array's
-        own bytes, and write to them unless the array is read-only. A TensorMap or bytes are passed as they are, and what
-        the map describes may be touched. Numbers are converted to the parameter's type, which for .b32 and .b64 is
+        own bytes, and write to them unless the array is read-only. A TensorMap or bytes are passed as they are, and
+        what the map describes may be touched. Numbers are converted to the parameter's type, which for .b32 and .b64 is
         that of the number: a float is a float32 or a float64. memory: arrays whose addresses are in other arrays.
         schedule: "round_robin", "random", "producer_greedy" or "consumer_greedy". accumulation: "exact" or "hopper".
         unchecked: nothing is out of bounds; a wrong address ends the process.

@@ -38,8 +38,14 @@ std::string told(const Races::Access& a, size_t ctas) {
 }
 
 struct Toucher {
-  Toucher(Warp& w, Cta& cta, const Races::Access& access, bool writes, int lane)
-      : races(*races_of(w)), clock(clock_of(w)), cta(cta), access(access), writes(writes), lane(lane) {}
+  Toucher(Warp& w, Cta& cta, const Races::Access& access, bool writes, bool repeats, int lane)
+      : races(*races_of(w)),
+        clock(clock_of(w)),
+        cta(cta),
+        access(access),
+        writes(writes),
+        repeats(repeats),
+        lane(lane) {}
 
   void go(uint32_t offset, uint32_t bytes) {
     uint32_t* ids = races.bytes[cta.rank].data() + (offset - kSharedBase);
@@ -71,17 +77,24 @@ struct Toucher {
                 lane);
   }
 
+  // Behind all that was done by ordinary accesses.
+  bool ordered(const Races::State& state) const {
+    const auto seen = [&](const Races::Access& a) { return !a.time || a.async || at(clock.seen, a.actor) >= a.time; };
+    return seen(state.writer) && std::all_of(state.readers.begin(), state.readers.end(), seen);
+  }
+
   uint32_t next_state(uint32_t old, uint32_t offset) {
-    const auto [it, fresh] =
-        races.transitions.insert({{old, access.actor, access.time, access.instruction, writes}, 0});
+    const auto kind = static_cast<uint8_t>(writes ? repeats ? 2 : 1 : 0);
+    const auto [it, fresh] = races.transitions.insert({{old, access.actor, access.time, access.instruction, kind}, 0});
     if (!fresh) return it->second;
     const Races::State& state = races.states[old];
+    if (repeats && !ordered(state)) return it->second = old;
     check(state.writer, true, offset);
     if (writes) {
       for (const Races::Access& reader : state.readers) check(reader, false, offset);
       // Whatever was there before: one state for all that this access writes.
       const auto [written, first] =
-          races.transitions.insert({{~0u, access.actor, access.time, access.instruction, true}, 0});
+          races.transitions.insert({{~0u, access.actor, access.time, access.instruction, uint8_t{1}}, 0});
       if (first) {
         written->second = static_cast<uint32_t>(races.states.size());
         races.states.push_back({access, {}});
@@ -106,7 +119,7 @@ struct Toucher {
   const Clock& clock;
   Cta& cta;
   const Races::Access& access;
-  bool writes;
+  bool writes, repeats;
   int lane;
 };
 
@@ -127,13 +140,13 @@ void collect(Races& r) {
 }
 
 void touch(Warp& w, Cta& cta, uint32_t offset, uint32_t bytes, bool writes, uint32_t actor, uint32_t time, bool async,
-           bool atomic, int lane) {
+           bool atomic, int lane, bool repeats = false) {
   Races& r = *races_of(w);
   if (r.states.size() > kManyStates) collect(r);
   Races::Access access;
   access.actor = actor, access.time = time, access.async = async, access.atomic = atomic;
   access.instruction = w.launch->instruction, access.warp = w.index, access.rank = static_cast<int>(w.cta->rank);
-  Toucher(w, cta, access, writes, lane).go(offset, bytes);
+  Toucher(w, cta, access, writes, repeats, lane).go(offset, bytes);
 }
 
 }  // namespace
@@ -141,7 +154,7 @@ void touch(Warp& w, Cta& cta, uint32_t offset, uint32_t bytes, bool writes, uint
 size_t Races::Hash::operator()(const Transition& t) const {
   uint64_t h = t.old * 0x9e3779b97f4a7c15ull + t.actor;
   h = (h ^ h >> 29) * 0xbf58476d1ce4e5b9ull + t.time;
-  h = (h ^ h >> 32) * 0x94d049bb133111ebull + reinterpret_cast<uint64_t>(t.instruction) + t.writes;
+  h = (h ^ h >> 32) * 0x94d049bb133111ebull + reinterpret_cast<uint64_t>(t.instruction) + t.kind;
   return h ^ h >> 31;
 }
 
@@ -166,6 +179,25 @@ void start_races(Cluster& cluster) {
   for (const Cta* cta : cluster.ctas) r.bytes.emplace_back(cta->shared_bytes, 0);
 }
 
+void check_exit(Cta& cta) {
+  const Races* r = cta.cluster->races.get();
+  if (!r || cta.cluster->ctas.size() == 1) return;
+  Clock all;
+  for (const Warp& w : cta.warps) join(all, r->clocks[static_cast<size_t>(w.actor)]);
+  uint32_t last = ~0u;
+  for (const uint32_t id : r->bytes[cta.rank]) {
+    if (id == last) continue;
+    last = id;
+    const auto check = [&](const Races::Access& a, const char* what) {
+      if (a.time && a.rank != static_cast<int>(cta.rank) && at(all.seen, a.actor) < a.time)
+        throw Fault("race: " + cta.name() + " exits, and nothing orders that behind the " + what +
+                    " of its shared memory by " + told(a, 2));
+    };
+    check(r->states[id].writer, "write");
+    for (const Races::Access& reader : r->states[id].readers) check(reader, "read");
+  }
+}
+
 void touch_shared(Warp& w, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind, int lane) {
   uint8_t* valid = cta.valid.data() + (offset - kSharedBase);
   for (uint32_t n = 0; n < bytes; ++n) {
@@ -173,7 +205,7 @@ void touch_shared(Warp& w, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind
       throw Fault(
           "an mbarrier lies at " + hex(offset + n) + " of shared memory: only mbarrier instructions may touch it",
           lane);
-    if (kind != Touch::write && valid[n] == kUnwritten)
+    if ((kind == Touch::read || kind == Touch::atomic) && valid[n] == kUnwritten)
       throw Fault(
           "read of shared memory at " + hex(offset + n) + ", which was never written or has a copy under way to it",
           lane);
@@ -184,7 +216,8 @@ void touch_shared(Warp& w, Cta& cta, uint32_t offset, uint32_t bytes, Touch kind
   // Atomics order what comes before them on one warp and behind them on another, whatever their semantics.
   if (kind == Touch::atomic) acquire(w, r->atomics[uint64_t{cta.rank} << 32 | offset]);
   touch(w, cta, offset, bytes, kind != Touch::read, static_cast<uint32_t>(w.actor),
-        at(clock_of(w).seen, static_cast<uint32_t>(w.actor)), false, kind == Touch::atomic, lane);
+        at(clock_of(w).seen, static_cast<uint32_t>(w.actor)), false, kind == Touch::atomic, lane,
+        kind == Touch::repeat);
   if (kind == Touch::atomic) release(w, r->atomics[uint64_t{cta.rank} << 32 | offset]);
 }
 

@@ -26,7 +26,8 @@ struct Clock {
   std::vector<uint32_t> seen, fenced;
 };
 
-enum class Touch : uint8_t { read, write, atomic };
+// repeat: a write of the very bytes that are there. That nobody can tell, in whatever order.
+enum class Touch : uint8_t { read, write, atomic, repeat };
 enum class Async : uint8_t { copies, bulk, products };
 
 struct Races {
@@ -50,9 +51,9 @@ struct Races {
   struct Transition {                           // what an access makes of a state
     uint32_t old, actor, time;
     const Instruction* instruction;
-    bool writes;
+    uint8_t kind;  // 0: a read, 1: a write, 2: a write of what is there
     bool operator==(const Transition& o) const {
-      return old == o.old && actor == o.actor && time == o.time && instruction == o.instruction && writes == o.writes;
+      return old == o.old && actor == o.actor && time == o.time && instruction == o.instruction && kind == o.kind;
     }
   };
   struct Hash {
@@ -90,5 +91,7 @@ void see_group(Warp& w, Async kind, uint64_t group, int lane);
 void group_clock(Warp& w, Async kind, uint64_t group, int lane, Clock& clock);
 
 void start_races(Cluster& cluster);
+// All warps of a CTA have exited: others' accesses to its shared memory have to be known to it.
+void check_exit(Cta& cta);
 
 }  // namespace moekern::emulator

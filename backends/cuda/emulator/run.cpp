@@ -285,7 +285,12 @@ struct Machine {
     const size_t n = turns.size();
     switch (launch.settings.schedule) {
       case Schedule::random: {
+        // For a while one CTA gets most of the turns.
+        if (launch.now % 256 == 0) favourite = turns[launch.random() % n]->cta;
         const size_t first = launch.random() % n;
+        if (launch.random() % 8)
+          for (size_t k = 0; k < n; ++k)
+            if (Warp* w = turns[(first + k) % n]; w->cta == favourite && awake(*w)) return w;
         for (size_t k = 0; k < n; ++k)
           if (Warp* w = turns[(first + k) % n]; awake(*w)) return w;
         return nullptr;
@@ -323,6 +328,7 @@ struct Machine {
     if (w.pending) throw Fault("warp " + std::to_string(w.index) + " exits while its wgmma are under way");
     barriers_without(w);
     if (cta.live_warps == 0) {
+      check_exit(cta);
       const Cluster& cluster = *cta.cluster;
       if (std::none_of(cluster.ctas.begin(), cluster.ctas.end(), [](const Cta* c) { return c->live_warps > 0; }))
         retire();
@@ -389,7 +395,7 @@ struct Machine {
       const size_t current = w.current, paths = w.paths.size();
       const uint32_t pc = w.path().pc;
       const Status status = alone ? straight(w, budget, moved) : single(w, moved);
-      if (!alone) --budget;
+      if (!alone && status != Status::blocked) --budget;  // or the last of it, and another path could have gone on
       if (status == Status::blocked) {
         w.path().blocked = true;
         if (alone) break;
@@ -557,6 +563,7 @@ struct Machine {
   uint64_t last_progress = 0, executed_then = 0;
   std::vector<uint32_t> constants;
   std::vector<int> on_sm;
+  const Cta* favourite = nullptr;
   std::vector<Warp*> turns;
   std::vector<std::unique_ptr<Cta>> resident, spare;
   std::vector<std::unique_ptr<Cluster>> all_clusters;

@@ -4,15 +4,15 @@
 // both scales
 // ("promotion"): while one group does that, the other's wgmmas run.
 //
-// Registers: 65536 / 384 threads gives 168 to each at launch. The loaders keep 48, so that the two others can have
-// (65536 - 128 * 48) / 256 = 232.
+// Registers: 65536 / 384 threads, down to a multiple of 8, gives 168 to each at launch. setmaxnreg moves them about within
+// these 384 x 168: the loaders keep 56, so that the two others can have (384 * 168 - 128 * 56) / 256 = 224.
 #pragma once
 #include "cuda/kernels/loading.cuh"
 #include "cuda/kernels/store.cuh"
 
 namespace moekern::cuda {
 
-constexpr int kLoaderRegisters = 48, kMathRegisters = 232;
+constexpr int kLoaderRegisters = 56, kMathRegisters = 224;
 
 // Shared memory by its addresses.
 template <int kTileRows, int kTileColumns>
