@@ -136,10 +136,9 @@ bool grid_dependency(Resolver& r) {
 }
 
 // Registers of the warpgroup, of which the emulated machine has as many as PTX names.
-Status change_registers(Warp& w, const Instruction& i, uint32_t) {
+Status change_registers(Warp&, const Instruction& i, uint32_t) {
   if (i.offset < 24 || i.offset > 256 || i.offset % 8)
     throw Fault("setmaxnreg takes a multiple of 8 from 24 to 256, not " + std::to_string(i.offset));
-  (void)w;
   return Status::next;
 }
 bool setmaxnreg(Resolver& r) {

@@ -145,7 +145,7 @@ Status copies_arrive(Warp& w, const Instruction& i, uint32_t lanes) {
     const uint32_t address = shared_address(lane_address(w, i.a, i.wide_address, i.offset, l), l);
     Cta& cta = shared_cta(w, address, l);
     Mbarrier& b = mbarrier_at(cta, address, l);
-    use_mbarrier(w, cta, b, address, l);
+    use_mbarrier(w, b, address, l);
     if (!i.mode) ++b.pending;
     Clock clock;
     release(w, clock);
@@ -269,7 +269,7 @@ void hull(uint32_t offset, uint32_t bytes, Swizzle swizzle, uint32_t& begin, uin
   }
 }
 
-void load_bulk(Warp& w, const Bulk& b, const Instruction& i, int l) {
+void load_bulk(Warp& w, const Bulk& b, int l) {
   Launch& launch = *w.launch;
   const uint32_t to = shared_address(lane_address(w, b.destination, b.destination_wide, b.destination_offset, l), l);
   const uint64_t from = lane_address(w, b.source, b.source_wide, b.source_offset, l);
@@ -330,7 +330,7 @@ void load_bulk(Warp& w, const Bulk& b, const Instruction& i, int l) {
     if (!b.multicast && &barrier_cta != &cta)
       throw Fault("the mbarrier of a bulk copy has to lie in the same CTA's shared memory as the destination", l);
     Mbarrier& barrier = mbarrier_at(cta, shared_offset(bar), l);
-    use_mbarrier(w, cta, barrier, shared_offset(bar), l);
+    use_mbarrier(w, barrier, shared_offset(bar), l);
     write_by_barrier(w, cta, begin, end - begin, barrier, l);
     poison(cta, begin, end - begin);
     targets.push_back({&cta, shared_offset(bar)});
@@ -359,7 +359,6 @@ void load_bulk(Warp& w, const Bulk& b, const Instruction& i, int l) {
       complete_transactions(launch, *t.cta, t.barrier, bytes);
     }
   });
-  (void)i;
 }
 
 void store_bulk(Warp& w, const Bulk& b, int l) {
@@ -434,7 +433,7 @@ Status bulk(Warp& w, const Instruction& i, uint32_t lanes) {
     switch (b.direction) {
       case Bulk::prefetch: break;
       case Bulk::to_global: store_bulk(w, b, l); break;
-      default: load_bulk(w, b, i, l);
+      default: load_bulk(w, b, l);
     }
   }
   return Status::next;

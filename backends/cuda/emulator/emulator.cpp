@@ -2,46 +2,23 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 
 #include "run.h"
 
 namespace moekern::emulator {
 
-Emulator& emulator() {
-  static Emulator* const one = [] {
-    auto* e = new Emulator;  // leaked: other statics may launch while they are destroyed
-    return e;
-  }();
-  static const bool configured = [] {  // MOEKERN_EMULATOR="sms=4,schedule=random,seed=3"
-    const char* text = std::getenv("MOEKERN_EMULATOR");
-    std::string rest = text ? text : "";
-    while (!rest.empty()) {
-      const size_t comma = std::min(rest.find(','), rest.size());
-      const std::string item = rest.substr(0, comma);
-      const size_t equals = item.find('=');
-      if (equals != std::string::npos) set(item.substr(0, equals), item.substr(equals + 1));
-      rest = comma < rest.size() ? rest.substr(comma + 1) : "";
-    }
-    return true;
-  }();
-  (void)configured;
-  return *one;
-}
+namespace {
 
-bool set(const std::string& name, const std::string& value) {
+bool set_in(Emulator& e, const std::string& name, const std::string& value) {
   static const std::map<std::string, Schedule> schedules{{"round_robin", Schedule::round_robin},
                                                          {"random", Schedule::random},
                                                          {"producer_greedy", Schedule::producer_greedy},
                                                          {"consumer_greedy", Schedule::consumer_greedy}};
   static const std::map<std::string, Accumulation> accumulations{{"exact", Accumulation::exact},
                                                                  {"hopper", Accumulation::hopper}};
-  static Emulator*& e = []() -> Emulator*& {
-    static Emulator* p = nullptr;
-    return p;
-  }();
-  if (!e) e = &emulator();
-  Settings& s = e->settings;
+  Settings& s = e.settings;
   if (name == "schedule") {
     const auto found = schedules.find(value);
     if (found == schedules.end()) return false;
@@ -68,12 +45,34 @@ bool set(const std::string& name, const std::string& value) {
   } else if (name == "patience") {
     s.patience = static_cast<uint64_t>(number);
   } else if (name == "strict") {
-    e->strict = number != 0;
+    e.strict = number != 0;
   } else {
     return false;
   }
   return true;
 }
+
+void configure(Emulator& e, std::string rest) {  // "sms=4,schedule=random,seed=3"
+  while (!rest.empty()) {
+    const size_t comma = std::min(rest.find(','), rest.size()), equals = std::min(rest.find('='), comma);
+    if (!set_in(e, rest.substr(0, equals), equals < comma ? rest.substr(equals + 1, comma - equals - 1) : ""))
+      std::fprintf(stderr, "MOEKERN_EMULATOR: there is no setting %s\n", rest.substr(0, comma).c_str());
+    rest = comma < rest.size() ? rest.substr(comma + 1) : "";
+  }
+}
+
+}  // namespace
+
+Emulator& emulator() {
+  static Emulator& one = []() -> Emulator& {
+    auto* e = new Emulator;  // leaked: other statics may launch while they are destroyed
+    if (const char* text = std::getenv("MOEKERN_EMULATOR")) configure(*e, text);
+    return *e;
+  }();
+  return one;
+}
+
+bool set(const std::string& name, const std::string& value) { return set_in(emulator(), name, value); }
 
 std::unique_ptr<Module> load(const char* text) {
   auto m = std::make_unique<Module>();

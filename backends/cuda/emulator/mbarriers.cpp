@@ -72,7 +72,7 @@ struct At {
       : address(shared_address(lane_address(w, i.a, i.wide_address, i.offset, lane), lane)),
         cta(shared_cta(w, address, lane)),
         barrier(mbarrier_at(cta, address, lane)) {
-    use_mbarrier(w, cta, barrier, address, lane);
+    use_mbarrier(w, barrier, address, lane);
   }
   uint32_t address;
   Cta& cta;
@@ -96,7 +96,7 @@ Status initialise(Warp& w, const Instruction& i, uint32_t lanes) {
     b.expected = b.pending = count;
     b.line = i.line;
     std::memset(cta.valid.data() + (offset - kSharedBase), kBarrierByte, 8);
-    new_mbarrier(w, cta, b);
+    new_mbarrier(w, b);
     ++w.launch->progress;
   }
   return Status::next;
@@ -180,11 +180,6 @@ Status wait(Warp& w, const Instruction& i, uint32_t lanes) {
   return complete == lanes ? Status::next : Status::yield;
 }
 
-Status pending_count(Warp& w, const Instruction& i, uint32_t lanes) {
-  (void)w, (void)lanes;
-  throw Fault("mbarrier.pending_count is not emulated: " + i.statement->text);
-}
-
 bool mbarrier(Resolver& r) {
   r.ignore({"shared", "shared::cta", "shared::cluster", "b64", "release", "acquire", "cta", "cluster"});
   const bool remote = r.has("shared::cluster");
@@ -232,10 +227,6 @@ bool mbarrier(Resolver& r) {
     if (r.operands() == 4) r.read(3, 4);
     r.i.run = wait;
     return r.operands() >= 3;
-  }
-  if (r.has("pending_count")) {
-    r.i.run = pending_count;
-    return true;
   }
   return false;
 }

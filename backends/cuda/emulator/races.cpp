@@ -251,17 +251,15 @@ void release_relaxed(Warp& w, Clock& clock) {
   if (races_of(w)) join(clock, races_of(w)->released[static_cast<size_t>(w.actor)]);
 }
 
-void new_mbarrier(Warp& w, Cta& cta, Mbarrier& b) {
+void new_mbarrier(Warp& w, Mbarrier& b) {
   Races* r = races_of(w);
   if (!r) return;
-  (void)cta;
   b.actor = r->next_actor++;
   b.initialised_by = static_cast<uint32_t>(w.actor);
   b.initialised_at = at(clock_of(w).seen, b.initialised_by);
 }
 
-void use_mbarrier(Warp& w, Cta& cta, const Mbarrier& b, uint32_t address, int lane) {
-  (void)cta;
+void use_mbarrier(Warp& w, const Mbarrier& b, uint32_t address, int lane) {
   if (!races_of(w) || at(clock_of(w).seen, b.initialised_by) >= b.initialised_at) return;
   throw Fault("race: the mbarrier at " + hex(shared_offset(address)) + " was initialised in line " +
                   std::to_string(b.line) + ", and nothing orders that before its use here",

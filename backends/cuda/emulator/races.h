@@ -77,8 +77,8 @@ void release_fence(Warp& w);
 void release_relaxed(Warp& w, Clock& clock);
 
 // A new mbarrier; an operation on one, whose mbarrier.init has to have been seen; the end of a phase.
-void new_mbarrier(Warp& w, Cta& cta, Mbarrier& b);
-void use_mbarrier(Warp& w, Cta& cta, const Mbarrier& b, uint32_t address, int lane);
+void new_mbarrier(Warp& w, Mbarrier& b);
+void use_mbarrier(Warp& w, const Mbarrier& b, uint32_t address, int lane);
 void end_phase(Cta& cta, Mbarrier& b);
 
 // Accesses through the async proxy. A write that completes on an mbarrier is seen by who has seen that phase; what a

@@ -261,7 +261,6 @@ struct Machine {
       if (!launch.events.empty()) return land_first();
       return give_up_waiting();
     }
-    const uint64_t before = launch.executed;
     const bool moved = turn(*w, budget());
     w->asleep = !moved;
     w->slept_at = launch.progress;
@@ -274,7 +273,6 @@ struct Machine {
                     " instructions were executed without any progress\n" + everybody());
       }
     }
-    (void)before;
     if (w->done()) finished(*w);
   }
 
