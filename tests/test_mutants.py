@@ -7,7 +7,7 @@ import random
 import emulated
 import pytest
 
-EACH = 2  # mutants of every kernel
+EACH = 1  # of every kernel
 
 
 @pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent()))
