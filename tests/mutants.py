@@ -135,11 +135,24 @@ _CHANGES: tuple[Callable[[Statement], Iterator[tuple[str, str]]], ...] = (
 )  # fmt: skip
 
 
+def _estimated(every: list[Statement]) -> set[int]:
+    """Where floats are loaded of which only how large their product is counts: x, then |(double)x * (double)y|."""
+    wide = {s.operands[1]: s.operands[0] for s in every if s.opcode == "cvt.f64.f32"}
+    product = {operand: s.operands[0] for s in every if s.opcode == "mul.f64" for operand in s.operands[1:]}
+    sizes = {s.operands[1] for s in every if s.opcode == "abs.f64"}
+    loads = [s for s in every if s.opcode.startswith("ld.") and s.parts[-1] == "f32"]
+    return {s.start for s in loads if product.get(wide.get(s.operands[0], "")) in sizes}
+
+
 def mutants(text: str) -> Iterator[Mutant]:
     """Of all kernels in it."""
     seen: Counter[tuple[str, str]] = Counter()
-    for s in statements(text):
+    every = list(statements(text))
+    estimated = _estimated(every)
+    for s in every:
         for changes in _CHANGES:
             for change, instead in changes(s):
+                if s.start in estimated:
+                    change = f"{change}.estimate"
                 seen[s.kernel, change] += 1
                 yield Mutant(s.kernel, change, seen[s.kernel, change], s.start, s.end, instead)

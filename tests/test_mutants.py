@@ -1,4 +1,4 @@
-"""A sample of the mutants of our kernels is noticed, all but a few. `make mutants` runs all, and wants those explained."""
+"""A sample of the mutants of our kernels is noticed, all but a few; `make mutants` runs all and wants those explained."""
 
 from __future__ import annotations
 
