@@ -5,7 +5,8 @@ expects, arrivals that it counts, an operand's descriptor, coordinates of a copy
 are found by what they are (ptx_text.py), and a mutant's name counts those of its kind in its kernel.
 
 Not among them, since the emulator could not notice: a warp's own synchronisation, as it executes the lanes of a warp
-together, and griddepcontrol, as it executes one launch after another.
+together, and griddepcontrol, as it executes one launch after another. Nor reads that change nothing but an estimate: of
+the scales by which `repaired` (scales.cuh) decides whether a sum may have overflowed.
 """
 
 from __future__ import annotations
@@ -135,10 +136,25 @@ _CHANGES: tuple[Callable[[Statement], Iterator[tuple[str, str]]], ...] = (
 )  # fmt: skip
 
 
+def _estimated(every: list[Statement]) -> set[int]:
+    """Where floats are loaded of which only how large their product is counts: x, then |(double)x * (double)y|."""
+    wide = {(s.kernel, s.operands[1]): s.operands[0] for s in every if s.opcode == "cvt.f64.f32"}
+    product = {(s.kernel, operand): s.operands[0] for s in every if s.opcode == "mul.f64" for operand in s.operands[1:]}
+    sizes = {(s.kernel, s.operands[1]) for s in every if s.opcode == "abs.f64"}
+    loads = [s for s in every if s.opcode.startswith("ld.") and s.parts[-1] == "f32"]
+    return {
+        s.start
+        for s in loads
+        if (s.kernel, product.get((s.kernel, wide.get((s.kernel, s.operands[0]), "")), "")) in sizes
+    }
+
+
 def mutants(text: str) -> Iterator[Mutant]:
     """Of all kernels in it."""
     seen: Counter[tuple[str, str]] = Counter()
-    for s in statements(text):
+    every = list(statements(text))
+    estimated = _estimated(every)
+    for s in (s for s in every if s.start not in estimated):
         for changes in _CHANGES:
             for change, instead in changes(s):
                 seen[s.kernel, change] += 1

@@ -56,7 +56,7 @@ def _dense(rows: int, columns: int, k: int) -> Subject:
         (
             _gemm(40, columns + 16, 264, (rows, columns, 0, 1), scale="ue8m0", out="f16"),
             _mixed(44, columns + 16, 264, (rows, columns, 0, 1)),
-            _gemm(20, columns + 16, 1160, (rows, columns, 0, 1), values="huge scales", out="f32"),
+            _gemm(60, columns + 16, 1160, (rows, columns, 0, 1), values="scales apart", out="f32"),
             _gemm(rows + 12, columns + 16, 264, (rows, columns, 0, 1), bias="f32", c="f32", out="f32"),
             _gemm(rows + 22, columns + 16, k, (rows, columns, 0, 1)),
             _gemm(rows + 24, 2 * columns + 16, k, (rows, columns, 1, 2), out="f32"),
@@ -86,7 +86,7 @@ SUBJECTS = (
         (
             _gemm(10, 72, 520, (16, 1), _STREAM, scale="ue8m0", out="f16"),
             _mixed(12, 72, 264, (16, 1), _STREAM),
-            _gemm(11, 72, 1160, (16, 2), _STREAM, values="huge scales", out="f32"),
+            _gemm(16, 72, 1160, (16, 2), _STREAM, values="scales apart", out="f32"),
             _gemm(15, 72, 520, (16, 2), _STREAM, bias="f32", c="f32", out="f32"),
             _gemm(14, 136, 1160, (16, 4), _STREAM, out="f32"),
             _gemm(13, 72, 2696, (16, 1), _STREAM),
