@@ -4,8 +4,8 @@
 // both scales
 // ("promotion"): while one group does that, the other's wgmmas run.
 //
-// Registers: 65536 / 384 threads, down to a multiple of 8, gives 168 to each at launch. setmaxnreg moves them about within
-// these 384 x 168: the loaders keep 56, so that the two others can have (384 * 168 - 128 * 56) / 256 = 224.
+// Registers: 65536 / 384 threads, down to a multiple of 8, gives 168 to each at launch. setmaxnreg moves them about
+// within these 384 x 168: the loaders keep 56, so that the two others can have (384 * 168 - 128 * 56) / 256 = 224.
 #pragma once
 #include "cuda/kernels/loading.cuh"
 #include "cuda/kernels/store.cuh"
