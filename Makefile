@@ -22,7 +22,7 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp'
 cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 unsanitized := triton machine_code launch warmup tuning on_device device_operands bench_model bench_devices bench_accelerator \
-  $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py)) golden_layouts mutants cuda_build
+  $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py)) golden_layouts mutants cuda_build cuda_launch
 
 .PHONY: bench bench-ci test interpreted mutants lint types format engines sanitize
 
