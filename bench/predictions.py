@@ -9,9 +9,11 @@ import published
 from devices import known
 from model import fit
 from model.fit import Error
-from model.layers import DEEPSEEK_R1, Experts, experts_only, forward
+from model.layers import DEEPSEEK_R1, experts_only, forward
 from report import bare_table, duration
 from rich.console import Console
+
+from moekern.models import Experts
 
 # The aim, of rows that were not fitted on: mean and worst.
 AIMS = {"h800": (0.12, 0.30), "mi300x": (0.20, None), "this": (0.15, None)}
@@ -45,7 +47,7 @@ def moe_errors(device: str) -> list[float]:
     found = []
     for row in published.moes():
         if row.device == device:
-            experts = Experts(row.experts, row.top_k, row.hidden, row.intermediate, 0)
+            experts = Experts(row.experts, row.top_k, row.hidden, row.intermediate)
             found.append(experts_only(known()[device], row.tokens, experts) / row.seconds - 1)
     return found
 

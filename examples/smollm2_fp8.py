@@ -15,7 +15,7 @@ import argparse
 import gc
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from transformers.utils import logging
 import moekern.integrations.transformers as moekern_transformers
 from moekern.integrations import real_models
 
-PAGE = Path(__file__).parents[1] / "bench" / "page.txt"
+NAMES = ("f32", "bf16", "W8A16", "W8A8")
+PAGE = Path(__file__).parents[1] / "bench" / "data" / "page.txt"
 PROMPTS = [
     "The capital of France is",
     "Water boils at",
@@ -64,11 +65,12 @@ def write(folder: Path, experts: bool) -> None:
         tokenizer.save_pretrained(folder / kind)
 
 
-def models(folder: Path, experts: bool) -> Iterator[tuple[str, Any]]:
-    yield "f32", _load(folder / "bf16", dtype=torch.float32)
-    yield "bf16", _load(folder / "bf16")
-    for name, quantized in (("W8A16", False), ("W8A8", True)):
-        with moekern_transformers.install(quantize_activations=quantized):
+def models(folder: Path, experts: bool, names: Sequence[str] = NAMES) -> Iterator[tuple[str, Any]]:
+    for name in names:
+        if name in ("f32", "bf16"):
+            yield name, _load(folder / "bf16", dtype=torch.float32 if name == "f32" else torch.bfloat16)
+            continue
+        with moekern_transformers.install(quantize_activations=name == "W8A8"):
             yield name, _load(folder / "fp8", **({"experts_implementation": "moekern"} if experts else {}))
 
 
@@ -96,11 +98,11 @@ def run(name: str, model: Any, tokenizer: Any, tokens: int) -> Result:
     )
 
 
-def compare(folder: Path, experts: bool, tokens: int) -> list[Result]:
+def compare(folder: Path, experts: bool, tokens: int, names: Sequence[str] = NAMES) -> list[Result]:
     write(folder, experts)
     tokenizer = AutoTokenizer.from_pretrained(folder / "fp8")
     results = []
-    for name, model in models(folder, experts):
+    for name, model in models(folder, experts, names):
         results.append(run(name, model, tokenizer, tokens))
         del model
         gc.collect()

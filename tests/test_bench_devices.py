@@ -279,7 +279,7 @@ def test_a_noisy_row_is_flagged() -> None:
 
 
 def test_an_absent_peer_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = module("peers.linear")
-    monkeypatch.setattr(linear.importlib.util, "find_spec", lambda name: None)
-    chosen, absent = module("peers").choose("onnxruntime", linear.PEERS)
+    peers = module("peers")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    chosen, absent = peers.choose("onnxruntime", module("peers.linear").PEERS)
     assert not chosen and set(absent.values()) == {"onnxruntime is not installed"}

@@ -167,9 +167,9 @@ def test_every_label_counts(alignment: int) -> None:
 # ---- the same bits -----------------------------------------------------------------------------------
 
 THREADED = (
-    MGrouped((1, 0, 30, 5, 1, 130), 700, 520),
+    MGrouped((1, 0, 30, 5, 1, 130), 300, 264),
     MGrouped((1, 2, 3, 4), 530, 1160, a="e4m3fn", out="f32"),
-    MGrouped((20, 0, 7), 900, 520, capacity=33),
+    MGrouped((20, 0, 7), 600, 264, capacity=33),
     KGrouped((256, 0, 100, 384), 130, 300),
 )
 

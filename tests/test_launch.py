@@ -127,7 +127,7 @@ def every_kernel() -> None:
     """Values arrive under the names that plans gave them."""
     from moekern import models
     from moekern.backends._triton import ahead
-    from moekern.backends._triton.kernels import kernels
+    from moekern.backends._triton.kernels import kernels, taking
     from moekern.backends._triton.launch import Launch
     from moekern.backends._triton.targets import TARGETS
     from moekern.backends._triton.warmup import family_of
@@ -147,8 +147,7 @@ def every_kernel() -> None:
     model = models.Model("tiny", (models.Linear("q", 256, 256),), experts, (128, 128))
     with ahead.active(driver):
         for call in calls(model, (3,)):
-            kernel = next(k for op, k in found if op is call.op and not (k.refuses and k.refuses(*call.prepared)))
-            kernel.run(*call.prepared)
+            taking(found, call.op, call.prepared).run(*call.prepared)
     assert len({one.kernel for one in planned}) >= 8 and len(planned) == len(driver.launched)
     for one, launched in zip(planned, driver.launched, strict=True):
         values = {**one.arguments, **one.constants}

@@ -185,8 +185,6 @@ WHOLE = [
     ("qwen3-moe", "openvino"),
     ("mixtral", "ort-cuda"),
     ("qwen3", "ort-cpu"),
-    ("qwen3", "migraphx"),
-    ("deepseek-v3", "qnn"),
 ]
 
 

@@ -52,7 +52,7 @@ problems = st.builds(
 
 
 @executors.of(moekern.fp8_gemm_nt)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(case=problems)
 @example(case=Gemm(0, 0, 0, values="integers"))
 def test_any_shape(executor: executors.Executor, case: Gemm) -> None:
@@ -99,7 +99,7 @@ layers = st.builds(
 
 
 @executors.of(fused_experts)
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(case=layers)
 def test_any_layer(executor: executors.Executor, case: Experts) -> None:
     if executor.absent:

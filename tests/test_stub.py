@@ -12,9 +12,11 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_stub_and_the_module_agree():
+def test_the_stub_and_the_module_agree(tmp_path):
+    config = tmp_path / "mypy.ini"
+    config.write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")  # `make types` reads torch
     done = subprocess.run(
-        [sys.executable, "-m", "mypy.stubtest", "moekern._C", "--mypy-config-file", "pyproject.toml"],
+        [sys.executable, "-m", "mypy.stubtest", "moekern._C", "--mypy-config-file", config],
         cwd=ROOT,
         env={"MYPYPATH": "python"},
         capture_output=True,

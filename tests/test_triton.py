@@ -31,14 +31,14 @@ Check = Callable[[Executor, Any], None]
 LISTS: list[tuple[Op, list[Any], Check, int]] = [
     (moekern.fp8_gemm_nt, cases.GEMM, test_kernels.test_gemm, 5),
     *(
-        (op, [case for case in found if case.op is op], test_grouped.test_grouped, 5)
-        for op, found in (
-            (moekern.m_grouped_fp8_gemm_nt_contiguous, grouped_cases.M_GROUPED),
-            (moekern.m_grouped_fp8_gemm_nt_masked, grouped_cases.M_GROUPED),
-            (moekern.k_grouped_fp8_gemm_tn_contiguous, grouped_cases.K_GROUPED),
+        (op, [case for case in found if case.op is op], test_grouped.test_grouped, every)
+        for op, found, every in (
+            (moekern.m_grouped_fp8_gemm_nt_contiguous, grouped_cases.M_GROUPED, 10),
+            (moekern.m_grouped_fp8_gemm_nt_masked, grouped_cases.M_GROUPED, 10),
+            (moekern.k_grouped_fp8_gemm_tn_contiguous, grouped_cases.K_GROUPED, 5),
         )
     ),
-    (moekern.fused_experts, expert_cases.EXPERTS, test_experts.test_experts, 11),
+    (moekern.fused_experts, expert_cases.EXPERTS, test_experts.test_experts, 22),
     *((op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast, 4) for op in test_kernels.CASTS),
     (moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize, 4),
     (moekern.moe_gate, routing_cases.GATE, test_gate.test_gate, 7),

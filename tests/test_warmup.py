@@ -16,7 +16,7 @@ import torch
 from moekern import models
 
 SUITES = Path(__file__).resolve().parents[1] / "bench" / "suites"
-TARGETS = ("sm_90", "gfx950")
+WARMED = {"sm_90": (1, 19), "gfx950": (19,)}  # and how many tokens
 
 
 @pytest.mark.parametrize("name", tiny_models.NAMES)
@@ -109,13 +109,13 @@ def test_without_a_device_targets_are_told() -> None:
     assert done.returncode == 2 and "no GPU is here" in done.stderr and "gfx942" in done.stderr
 
 
-def layer(target: str) -> list[tuple[str, bool]]:
+def layer(target: str, rows: tuple[int, ...]) -> list[tuple[str, bool]]:
     """(kernel, whether it was on disk) of all that a layer launches, on tensors as users have them."""
     from triton import knobs
 
     import moekern
     from moekern.backends._triton import ahead, warmup
-    from moekern.backends._triton.kernels import kernels
+    from moekern.backends._triton.kernels import kernels, taking
     from moekern.backends._triton.targets import TARGETS
 
     found: list[tuple[str, bool]] = []
@@ -125,14 +125,14 @@ def layer(target: str) -> list[tuple[str, bool]]:
     def call(op: Any, *operands: Any, **options: Any) -> Any:
         prepared = op.prepare(*operands, **options)
         with ahead.active(pretended.driver(target)):
-            next(k for o, k in known if o is op and not (k.refuses and k.refuses(*prepared))).run(*prepared)
+            taking(known, op, prepared).run(*prepared)
         return prepared[op.output_index]
 
     def cast(shape: tuple[int, ...]) -> moekern.ScaledTensor:
         grid = (*shape[:-2], shape[-2] // 128, shape[-1] // 128)
         return moekern.ScaledTensor(torch.zeros(shape).to(torch.float8_e4m3fn), torch.ones(grid), (128, 128))
 
-    for tokens in (1, 19):
+    for tokens in rows:
         x = torch.randn(tokens, 256).bfloat16()
         call(moekern.fp8_gemm_nt, call(moekern.per_token_cast_to_fp8, x), cast((768, 256)), out_dtype=torch.bfloat16)
         routing = call(moekern.moe_gate, torch.randn(tokens, 4), 2, renormalize=True)
@@ -156,16 +156,16 @@ def layer(target: str) -> list[tuple[str, bool]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
-def test_what_was_compiled_is_found(target: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("target", "tokens"), WARMED.items())
+def test_what_was_compiled_is_found(target: str, tokens: tuple[int, ...], tmp_path: Path) -> None:
     pytest.importorskip("triton")
     path, cache = tmp_path / "config.json", tmp_path / "cache"
     path.write_text(json.dumps(TINY))
     done = command(
-        "--config", str(path), "--target", target, "--tokens", "1,19", "--activations", "fp8",
+        "--config", str(path), "--target", target, "--tokens", ",".join(map(str, tokens)), "--activations", "fp8",
         TRITON_CACHE_DIR=str(cache),
     )  # fmt: skip
     assert done.returncode == 0 and " 0 found, 0 calls failed" in done.stdout, done.stdout + done.stderr
-    found = pretended.apart(cache, layer, target)
+    found = pretended.apart(cache, layer, target, tokens)
     assert {name for name, _ in found} >= {"gemm_kernel", "gate_up_kernel", "m_grouped_kernel", "unpermute_kernel"}
     assert [name for name, cached in found if not cached] == []

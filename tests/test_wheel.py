@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import moekern
 
@@ -28,9 +29,19 @@ def run(*command: str | Path, **options) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)  # in isolation, the wheel from the sdist
+    """Built by the first process of pytest-xdist that asks, for all of them."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "dist"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            build(folder)
     return folder
+
+
+def build(folder: Path) -> None:
+    # In isolation, the wheel from the sdist, as `pip install .` would get it: without kernels that need nvcc.
+    options = {"MOEKERN_CUDA": "OFF", "MOEKERN_EMULATOR": "OFF"}
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT, env={**os.environ, **options})
 
 
 @pytest.fixture(scope="module")

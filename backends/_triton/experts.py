@@ -17,12 +17,12 @@ from moekern.backends._triton.casts import cast
 from moekern.backends._triton.formats import encode, rounded
 from moekern.backends._triton.gating import gated
 from moekern.backends._triton.grouped import group_product
-from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2, strides
+from moekern.backends._triton.launch import Launch, cdiv, strides
 from moekern.backends._triton.order import group_of, rasterised, rows_of_groups
 from moekern.backends._triton.permute import sort
 from moekern.backends._triton.product import pair, product, refuses_scales
 from moekern.backends._triton.targets import Target
-from moekern.backends._triton.tiles import Shape, Tiles
+from moekern.backends._triton.tiles import Shape, Tiles, next_power_of_2
 from moekern.backends._triton.weights import Projections, projections
 from moekern.backends._triton.workspace import Workspace
 from moekern.experts import ExpertWeights

@@ -8,7 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2, strides
+from moekern.backends._triton.launch import Launch, cdiv, strides
+from moekern.backends._triton.tiles import next_power_of_2
 from moekern.ops.gate import SMALLEST_SUM
 
 _LANES = 1024  # of a warp: three registers for each 32 of them, two of which are the key's

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import rounded
-from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2
+from moekern.backends._triton.launch import Launch, cdiv
 from moekern.backends._triton.order import group_of, rasterised, rows_of_groups
 from moekern.backends._triton.product import (
     Pair,
@@ -23,7 +23,7 @@ from moekern.backends._triton.product import (
     tiles_and_repair,
 )
 from moekern.backends._triton.targets import Target
-from moekern.backends._triton.tiles import Shape, Tiles
+from moekern.backends._triton.tiles import Shape, Tiles, next_power_of_2
 from moekern.backends._triton.weights import Places, of_weights
 from moekern.layout import GroupedLayout
 from moekern.scaled import ScaledTensor

@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,12 @@ def kernels(family: Family) -> Iterator[tuple[Op, Kernel]]:
     for row in _ROWS:
         for few in (True, False) if row.rows else (False,):
             yield row.op, _kernel(family, row, few)
+
+
+def taking(found: Iterable[tuple[Op, Kernel]], op: Op, prepared: tuple[Any, ...]) -> Kernel | None:
+    """The first of an op's kernels that takes the call, which is as `op.prepare` returns it."""
+    own = (kernel for of, kernel in found if of is op)
+    return next((kernel for kernel in own if kernel.refuses is None or kernel.refuses(*prepared) is None), None)
 
 
 @functools.cache

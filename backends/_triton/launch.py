@@ -194,7 +194,3 @@ def strides(name: str, x: torch.Tensor) -> dict[str, int]:
 def cdiv(x: int, y: int) -> int:
     """x / y, rounded up. Triton's own, which kernels may call too, takes 2 us."""
     return -(-x // y)
-
-
-def next_power_of_2(x: int) -> int:
-    return 1 << max(x - 1, 0).bit_length()

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from moekern.backends._triton.formats import rounded
-from moekern.backends._triton.launch import Launch, cdiv, next_power_of_2, strides
+from moekern.backends._triton.launch import Launch, cdiv, strides
+from moekern.backends._triton.tiles import next_power_of_2
 from moekern.scaled import ScaledTensor
 
 _CHUNK = 128  # slots that are compared with one another

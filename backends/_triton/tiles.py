@@ -52,6 +52,10 @@ class Tiles:
     group: int = 8  # rows of tiles that programs go through together
 
 
+def next_power_of_2(x: int) -> int:
+    return 1 << max(x - 1, 0).bit_length()
+
+
 def shared_bytes(tiles: Tiles, shape: Shape) -> int:
     """The most shared memory that the compiler takes: tiles of both operands in every stage, and decoded ones once."""
     size_a, size_b = shape.bits_a // 8, shape.bits_b // 8

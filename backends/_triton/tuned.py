@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moekern.backends._triton.targets import Target
-from moekern.backends._triton.tiles import Shape, Tiles, shared_bytes
+from moekern.backends._triton.tiles import Shape, Tiles, next_power_of_2, shared_bytes
 
 _SCHEMA = 1  # of the file
 
@@ -42,7 +42,7 @@ class Entry:
 
 def class_of(shape: Shape) -> Shape:
     """The shape that others are tuned as: the next power of two rows."""
-    return replace(shape, rows=1 << max(shape.rows - 1, 0).bit_length())
+    return replace(shape, rows=next_power_of_2(shape.rows))
 
 
 def preferred(choose: Choose, few: bool) -> Choose:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moekern.backends._triton.kernels import Family, kernels
+from moekern.backends._triton.kernels import Family, kernels, taking
 from moekern.backends._triton.targets import Target
 from moekern.backends._triton.tiles import Shape, Tiles, cost
 from moekern.backends._triton.tuned import Choose, Entry, class_of, replaceable
@@ -71,7 +71,7 @@ class Tuner:
                 try:
                     run = self._run(op, prepared, {(few, shape): candidate}, {})
                     assert run is not None
-                    self._check(op, prepared, expected)
+                    check_same(op, prepared, expected)
                     time = self._time(run)
                 except Exception as error:  # the compiler's and the driver's have no common class
                     rejected.append((candidate, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"))
@@ -100,23 +100,23 @@ class Tuner:
             choose=choice(self._family.choose, False),
             choose_for_few_rows=choice(self._family.choose_for_few_rows, True),
         )
-        taken = (kernel for of, kernel in kernels(family) if of is op)
-        kernel = next((k for k in taken if k.refuses is None or k.refuses(*prepared) is None), None)
+        kernel = taking(kernels(family), op, prepared)
         if kernel is None:
             return None
         _bytes(prepared[op.output_index]).fill_(0xFF)
         kernel.run(*prepared)
         return lambda: kernel.run(*prepared)
 
-    def _check(self, op: Op, prepared: tuple[Any, ...], expected: torch.Tensor) -> None:
-        """Raises AssertionError where the result is not `expected`."""
-        out = prepared[op.output_index]
-        wrong = int((_bytes(out) != _bytes(expected)).sum())
-        # h is no integer: rounding it, a unit of a million may go the other way where sums have another order
-        if op is fused_experts and wrong <= out.numel() // 1000:
-            far = (out.double() - expected.double()).abs().amax(1) > expected.double().abs().amax(1) / 64
-            wrong = int(far.sum())
-        assert not wrong, f"{wrong} bytes of the result differ from those of the tiles by cost"
+
+def check_same(op: Op, prepared: tuple[Any, ...], expected: torch.Tensor) -> None:
+    """Raises AssertionError where the result is not `expected`."""
+    out = prepared[op.output_index]
+    wrong = int((_bytes(out) != _bytes(expected)).sum())
+    # h is no integer: rounding it, a unit of a million may go the other way where sums have another order
+    if op is fused_experts and wrong <= out.numel() // 1000:
+        far = (out.double() - expected.double()).abs().amax(1) > expected.double().abs().amax(1) / 64
+        wrong = int(far.sum())
+    assert not wrong, f"{wrong} bytes of the result differ from those of the tiles by cost"
 
 
 def check_dense(prepared: tuple[Any, ...]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from triton import knobs
 
 from moekern.backends._triton import ahead
-from moekern.backends._triton.kernels import Family, kernels
+from moekern.backends._triton.kernels import Family, kernels, taking
 from moekern.backends._triton.targets import Target
 from moekern.op import Op
 
@@ -46,8 +46,7 @@ class Warmup:
 
     def call(self, op: Op, prepared: tuple[Any, ...]) -> Done:
         """prepared: by `op.prepare`, of operands in CPU memory, which is not touched."""
-        taken = [kernel for of, kernel in self._kernels if of is op]
-        kernel = next((k for k in taken if k.refuses is None or k.refuses(*prepared) is None), None)
+        kernel = taking(self._kernels, op, prepared)
         if kernel is None:
             return Done(None, [])
         compiled: list[Compiled] = []

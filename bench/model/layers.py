@@ -11,17 +11,7 @@ from devices import Device
 from model import constants, exchange, passes
 from model.gemm import Product
 from model.products import predict
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Sizes of a layer's experts, as in moekern.models."""
-
-    count: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    shared: int
+from moekern.models import Experts
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
+from abc import ABC
 from typing import Any, TypeVar
+
+
+class Named(ABC):
+    """What every peer says of itself."""
+
+    name: str  # family-variant
+    says: str  # what it computes, for the reader of a table
+
+    @staticmethod
+    def missing() -> str | None:
+        """Why this peer cannot run here, or None."""
+        return None
+
+
+def without(*packages: str) -> str | None:
+    """The first of the packages that is not installed, said as a reason."""
+    absent = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"{absent[0]} is not installed" if absent else None
+
 
 P = TypeVar("P", bound="type[Any]")
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 
 import torch
 from torch.nn import functional as F
 
 from moekern import GroupedLayout
+from peers import Named
 
 
-class GroupedPeer(ABC):
+class GroupedPeer(Named):
     """Takes the weights [G, N, K] bf16 before the clock starts; `call(turn)` is one product by the turn's layout."""
 
-    name: str  # family-variant
-    says: str  # what it computes, for the reader of a table
     forms: tuple[str, ...] = ("contiguous", "masked")
-
-    @staticmethod
-    def missing() -> str | None:
-        """Why this peer cannot run here, or None."""
-        return None
 
     def __init__(self, weights: torch.Tensor) -> None:
         self.weights = weights

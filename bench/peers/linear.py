@@ -6,26 +6,19 @@ is one linear layer on the weights that belong to the turn. `copies` of the weig
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from moekern import ScaledTensor
+from peers import Named, without
 
 
-class Peer(ABC):
-    name: str  # family-variant
-    says: str  # what it computes, for the reader of a table
+class Peer(Named):
     weight_bytes: float  # per weight
-
-    @staticmethod
-    def missing() -> str | None:
-        """Why this peer cannot run here, or None."""
-        return None
 
     @abstractmethod
     def __init__(self, w: torch.Tensor, scaled: ScaledTensor, copies: int) -> None: ...
@@ -102,10 +95,7 @@ class TorchDequantize(Peer):
 class _OnnxRuntime(Peer):
     @staticmethod
     def missing() -> str | None:
-        for package in ("onnxruntime", "onnx"):
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed"
-        return None
+        return without("onnxruntime", "onnx")
 
     def graph(self, w: torch.Tensor) -> tuple[list[Any], list[Any]]:
         """Nodes from x to y, and initialisers."""

@@ -5,14 +5,14 @@ A peer gets the FP8 experts before the clock starts and dequantises them; `call`
 
 from __future__ import annotations
 
-import importlib.util
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from moekern import ExpertWeights, dequantize
+from peers import Named, without
 
 Routing = tuple[torch.Tensor, torch.Tensor]  # ids, weights
 
@@ -37,15 +37,8 @@ class Dense:
         return F.linear(F.silu(gate) * up, self.w2[e])
 
 
-class MoePeer(ABC):
-    name: str  # family-variant
-    says: str  # what it computes, for the reader of a table
+class MoePeer(Named):
     weight_bytes: float  # per weight
-
-    @staticmethod
-    def missing() -> str | None:
-        """Why this peer cannot run here, or None."""
-        return None
 
     @abstractmethod
     def __init__(self, experts: ExpertWeights, shared: ExpertWeights | None) -> None: ...
@@ -125,10 +118,7 @@ class OnnxRuntimeMoe(MoePeer):
 
     @staticmethod
     def missing() -> str | None:
-        for package in ("onnxruntime", "onnx"):
-            if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed"
-        return None
+        return without("onnxruntime", "onnx")
 
     def __init__(self, experts: ExpertWeights, shared: ExpertWeights | None) -> None:
         if shared is not None:

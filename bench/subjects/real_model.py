@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from moekern import ScaledTensor, fp8_gemm_nt, per_block_cast_to_fp8, per_token_cast_to_fp8
 from moekern.integrations import real_models
 
-PAGE = Path(__file__).parent / "page.txt"
+PAGE = Path(__file__).parents[1] / "data" / "page.txt"
 PACKAGES = ("transformers", "gguf", "accelerate", real_models.SMOLLM2)
 
 

@@ -269,6 +269,14 @@ void hull(uint32_t offset, uint32_t bytes, Swizzle swizzle, uint32_t& begin, uin
   }
 }
 
+// Of a copy without a tensor map.
+void check_untiled(uint64_t from, uint64_t to, uint32_t bytes, int l) {
+  if (bytes % 16 || bytes == 0)
+    throw Fault("a bulk copy takes a multiple of 16 bytes, not " + std::to_string(bytes), l);
+  if (from % 16 || to % 16)
+    throw Fault("misaligned: a bulk copy needs multiples of 16, not " + hex(from) + " and " + hex(to), l);
+}
+
 void load_bulk(Warp& w, const Bulk& b, int l) {
   Launch& launch = *w.launch;
   const uint32_t to = shared_address(lane_address(w, b.destination, b.destination_wide, b.destination_offset, l), l);
@@ -290,10 +298,7 @@ void load_bulk(Warp& w, const Bulk& b, int l) {
         readable(launch, address, static_cast<uint64_t>(box.last - box.first) * box.element, l, "a tensor's copy");
   } else {
     bytes = w.lanes<uint32_t>(b.size)[l];
-    if (bytes % 16 || bytes == 0)
-      throw Fault("a bulk copy takes a multiple of 16 bytes, not " + std::to_string(bytes), l);
-    if (from % 16 || to % 16)
-      throw Fault("misaligned: a bulk copy needs multiples of 16, not " + hex(from) + " and " + hex(to), l);
+    check_untiled(from, to, bytes, l);
   }
   hull(shared_offset(to), bytes, swizzle, begin, end);
   uint32_t ranks = 0;
@@ -381,10 +386,7 @@ void store_bulk(Warp& w, const Bulk& b, int l) {
         writable(launch, address, static_cast<uint64_t>(box.last - box.first) * box.element, l, "a tensor's copy");
   } else {
     bytes = w.lanes<uint32_t>(b.size)[l];
-    if (bytes % 16 || bytes == 0)
-      throw Fault("a bulk copy takes a multiple of 16 bytes, not " + std::to_string(bytes), l);
-    if (from % 16 || to % 16)
-      throw Fault("misaligned: a bulk copy needs multiples of 16, not " + hex(from) + " and " + hex(to), l);
+    check_untiled(from, to, bytes, l);
     writable(launch, to, bytes, l, "a bulk copy");
   }
   Cta& cta = shared_cta(w, from, l);

@@ -341,11 +341,12 @@ uint32_t comparison_mode(Resolver& r, const std::string& type) {
   return mode;
 }
 
-bool setp(Resolver& r) {
-  const std::string t = r.types();
-  const int bytes = static_cast<int>(ptx::type_bytes(t));
-  r.i.mode = comparison_mode(r, t);
-  r.i.run = comparison<false>(r, t);
+// All but the second result of setp. value: into a register, not a predicate.
+template <bool value>
+bool compares(Resolver& r, const std::string& type) {
+  const int bytes = static_cast<int>(ptx::type_bytes(type));
+  r.i.mode |= comparison_mode(r, type);
+  r.i.run = comparison<value>(r, type);
   if (!r.i.run || r.operands() != (r.i.mode & kCombine ? 4u : 3u)) return false;
   r.i.a = r.read(1, bytes), r.i.b = r.read(2, bytes);
   if (r.i.mode & kCombine) {
@@ -353,25 +354,20 @@ bool setp(Resolver& r) {
     if (r.operand(3).negated) r.i.mode |= kNegatedC;
   }
   r.i.d = r.write(0);
+  return true;
+}
+
+bool setp(Resolver& r) {
+  if (!compares<false>(r, r.types())) return false;
   r.i.d2 = r.write_second(r.operand(0));
   return true;
 }
 
 bool set(Resolver& r) {
   const std::string t = r.types(), result = r.types(1);
-  const int bytes = static_cast<int>(ptx::type_bytes(t));
-  r.i.mode = comparison_mode(r, t);
   if (result == "f32" || result == "f16" || result == "bf16" || result == "f16x2" || result == "bf16x2")
     r.i.mode |= kSetFloat;
-  r.i.run = comparison<true>(r, t);
-  if (!r.i.run || r.operands() != (r.i.mode & kCombine ? 4u : 3u)) return false;
-  r.i.a = r.read(1, bytes), r.i.b = r.read(2, bytes);
-  if (r.i.mode & kCombine) {
-    r.i.c = r.read(3, 0);
-    if (r.operand(3).negated) r.i.mode |= kNegatedC;
-  }
-  r.i.d = r.write(0);
-  return true;
+  return compares<true>(r, t);
 }
 
 template <typename L>

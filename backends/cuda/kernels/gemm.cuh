@@ -103,10 +103,7 @@ __device__ inline void gemm(const GemmParameters& p) {
   const Memory memory{uniform(shared_address(shared))};
   const int warp = static_cast<int>(uniform(threadIdx.x / 32));
   if (threadIdx.x == 0) {
-    if (p.k > 0) {
-      prefetch_tensor_map(&p.a_map);
-      prefetch_tensor_map(&p.b_map);
-    }
+    prefetch_operands(p);
     for (int i = 0; i < Memory::kStages; ++i) {
       mbarrier_init(memory.full(i), 1 + kRows / 4);  // bytes announced; lanes with scales
       mbarrier_init(memory.empty(i), kMathWarps * (p.shared ? 2 : 1));

@@ -182,10 +182,7 @@ extern "C" __global__ void __launch_bounds__(kCrossThreads, 1)
   const Memory memory{uniform(shared_address(shared))};
   const int warp = static_cast<int>(uniform(threadIdx.x / 32));
   if (threadIdx.x == 0) {
-    if (p.k > 0) {
-      prefetch_tensor_map(&p.a_map);
-      prefetch_tensor_map(&p.b_map);
-    }
+    prefetch_operands(p);
     for (int i = 0; i < kCrossStages; ++i) {
       mbarrier_init(memory.full(i), 1 + 2 * 32);  // bytes announced; lanes with scales
       mbarrier_init(memory.empty(i), kMathWarps + 4);

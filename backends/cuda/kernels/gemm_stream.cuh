@@ -108,10 +108,7 @@ __device__ inline void gemm_stream(const GemmParameters& p) {
   const Memory memory{uniform(shared_address(shared))};
   const int warp = static_cast<int>(uniform(threadIdx.x / 32)), rank = static_cast<int>(cluster_rank());
   if (threadIdx.x == 0) {
-    if (p.k > 0) {
-      prefetch_tensor_map(&p.a_map);
-      prefetch_tensor_map(&p.b_map);
-    }
+    prefetch_operands(p);
     for (int i = 0; i < Memory::kStages; ++i) {
       mbarrier_init(memory.full(i), 1 + 32);  // bytes announced; lanes with scales
       mbarrier_init(memory.empty(i), 4);

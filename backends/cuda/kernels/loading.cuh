@@ -23,6 +23,14 @@ struct Steps {
   int first, last;
 };
 
+// The tensor maps of both operands, which are there only if k is not 0.
+__device__ inline void prefetch_operands(const GemmParameters& p) {
+  if (p.k > 0) {
+    prefetch_tensor_map(&p.a_map);
+    prefetch_tensor_map(&p.b_map);
+  }
+}
+
 // One warp; one lane asks.
 template <class Memory, class Tiles>
 __device__ inline void load_tiles(const GemmParameters& p, const Memory& memory, Steps steps) {
