@@ -60,10 +60,15 @@ constexpr GemmKernel kGemm[] = {
 #include "cpu/kernels.inc"
 };
 
+// By specialisation, since gcc's UBSan takes a comparison of an address with null for no constant.
+template <const GemmIsa* kStream> constexpr bool has_stream = true;
+template <> constexpr bool has_stream<nullptr> = false;
+
 // Gradients, as k-grouped products have them, are not contiguous along k, as a streaming GEMM's weights have to be.
 constexpr GroupedGemmKernel kGroupedGemm[] = {
 #define MOEKERN_EXPERTS(NAME, STREAM, PACKED, NEEDS) \
-  {"cpu." #NAME, NEEDS, grouped<k_pair_##NAME>, STREAM ? Routine<GroupedGemmProblem>{} : grouped<k_pair_##NAME>},
+  {"cpu." #NAME, NEEDS, grouped<k_pair_##NAME>,      \
+   has_stream<STREAM> ? Routine<GroupedGemmProblem>{} : grouped<k_pair_##NAME>},
 #include "cpu/kernels.inc"
 };
 
