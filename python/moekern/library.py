@@ -394,15 +394,14 @@ def _permute_fake(  # type: ignore[no-untyped-def]
 
 def _save_permute(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[4])
-    ctx.has_gradient = output[0].dtype.itemsize > 1  # FP8 rows are constants
-    ctx.mark_non_differentiable(*output[2 if ctx.has_gradient else 0 :])
+    constants = output[:2] if output[0].dtype.itemsize == 1 else ()  # FP8 rows
+    ctx.mark_non_differentiable(*constants, *output[2:])
 
 
 def _permute_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     """dx[t] = the sum of the gradients of the rows that are copies of x[t]."""
     (inverse,) = ctx.saved_tensors
-    grad_x = torch.ops.moekern.moe_unpermute(grad, inverse, None, grad.dtype) if ctx.has_gradient else None
-    return grad_x, *(None,) * 8
+    return torch.ops.moekern.moe_unpermute(grad, inverse, None, grad.dtype), *(None,) * 8
 
 
 def _trace_permute(  # type: ignore[no-untyped-def]
