@@ -132,8 +132,9 @@ def legend(console: Console, rows: list[Row], absent: dict[str, str]) -> None:
             "the median. Their times say little."
         )
     console.print(
-        "[dim]A: activations (bf16 = W8A16, fp8 = W8A8). ±: median distance from the median. of limit: least time by "
-        "the limit that binds, of this run, over the time. vs: times faster than the peer."
+        "[dim]A: activations (bf16 = W8A16, fp8 = W8A8, cast = bf16 rows that become FP8). ±: median distance from the "
+        "median. of limit: least time by the limit that binds, of this run, over the time. vs: times faster than the "
+        "peer."
     )
     present = {name for row in rows for name in row.peers}
     for peer in KNOWN:

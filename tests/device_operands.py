@@ -186,6 +186,14 @@ CALLS: dict[str, Callable[[], Call]] = {
     "permute beyond": lambda: (permute, floats(T, H), ids(HUGE), E, {"alignment": 128}),
     "permute map": lambda: (permute, fp8(T, H), ids(-9), E, {"expert_map": numbers(0, HUGE, -5)}),
     "permute out": lambda: (permute, fp8(T, H), ids(), E, {"out": Permuted(fp8(13, H), None, ids())}),
+    "permute cast": lambda: (permute, floats(T, H), ids(), E, {"format": "e5m2", "round_scale_up": True}),
+    "permute cast out": lambda: (
+        permute,
+        floats(T, H),
+        ids(),
+        E,
+        {"format": "e4m3fn", "out": Permuted(fp8(13, H), None, ids())},
+    ),
     "permute no experts": lambda: (permute, floats(T, H), ids(), 0),
     "unpermute": lambda: (unpermute, floats(ROWS, H), ids(), floats(T, TOPK)),
     "unpermute beyond": lambda: (unpermute, floats(ROWS, H), ids(HUGE), None, {"out": floats(T, H)}),
@@ -379,7 +387,7 @@ def operators() -> None:
     starts, counts = numbers(0, 3, 5, 9, dtype=torch.int64), numbers(3, 2, HUGE, -1, dtype=torch.int64)
     b = columns(ROWS, I)
     library._k_grouped(floats(ROWS, H), None, [1, 1], b.data, b.scale, [128, 1], starts, counts, ROWS, None, None)
-    library._permute(floats(T, H), None, [1, 1], ids(HUGE), E, 1, None)
+    library._permute(floats(T, H), None, [1, 1], ids(HUGE), E, 1, None, None, False)
 
     class Context:
         saved_tensors = floats(ROWS, H), ids(HUGE), floats(T, TOPK)

@@ -110,6 +110,7 @@ ROUTING = [
         for h in (1, 33, 300)
         for x in ("bf16", "e4m3fn")
     ),
+    *(Permute(5, h, 4, 2, x=x, format="e4m3fn", alignment=4) for h in (1, 33, 300) for x in ("f32", "f16", "bf16")),
     Permute(130, 9000, 4, 4, x="f32"),  # past the caches
     *(Unpermute(5, h, 3, 7, y=y, skips="some") for h in (1, 33, 300) for y in ("f32", "bf16", "f16")),
 ]

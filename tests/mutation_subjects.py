@@ -129,6 +129,17 @@ SUBJECTS = (
         ),
     ),
     Subject(
+        "permute_cast",
+        "permute_cast_elements",
+        tuple(
+            Problem(moekern.moe_permute, case, test_permute.test_permute)
+            for case in (
+                Permute(33, 264, 6, 3, x="f32", format="e4m3fn", routing="skips", alignment=4),
+                Permute(9, 264, 5, 3, format="e4m3fn"),
+            )
+        ),
+    ),
+    Subject(
         "unpermute",
         "unpermute_elements",
         tuple(

@@ -84,19 +84,20 @@ def gpt_oss(m: Any) -> ExpertWeights:
 
 
 class Grouped(nn.Module):
-    """permute, a grouped product, unpermute: W8A16, or W8A8 with casts before both."""
+    """permute, a grouped product, unpermute: W8A16, or W8A8 with a cast "before" the first or "within" it."""
 
-    def __init__(self, quantized: bool) -> None:
+    def __init__(self, cast: str | None) -> None:
         super().__init__()
         torch.manual_seed(0)
         data, scale = weights(E, H, H)
         self.register_buffer("weight", data)
         self.register_buffer("scale", scale)
-        self.quantized = quantized
+        self.cast = cast
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        rows = moekern.per_token_cast_to_fp8(x) if self.quantized else x
-        moved, layout, inverse = moekern.moe_permute(rows, ids, E, alignment=4)
+        rows = moekern.per_token_cast_to_fp8(x) if self.cast == "before" else x
+        format = "e4m3fn" if self.cast == "within" else None
+        moved, layout, inverse = moekern.moe_permute(rows, ids, E, alignment=4, format=format)
         y = moekern.m_grouped_fp8_gemm_nt_contiguous(moved, (self.weight, self.scale), layout, out_dtype=torch.float32)
         return moekern.moe_unpermute(y, inverse, factors)
 

@@ -124,6 +124,10 @@ def scaled_out(data: Any = None, scale: Any = None, block: Any = (1, 128), **cha
     return permute_out(ScaledTensor(data, scale, block), **{"x": (fp8(T, H), grid(T, 3)), **changes})
 
 
+def cast_out(data: Any = None, scale: Any = None, block: Any = (1, 128), **changes: Any) -> Any:
+    return scaled_out(data, scale, block, **{"x": torch.zeros(T, H), "format": "e4m3fn", **changes})
+
+
 PERMUTE: dict[str, tuple[str, Callable[[], Any]]] = {
     "x None": ("x", lambda: permute(x=None)),
     "x int": ("x", lambda: permute(x=i32(T, H))),
@@ -163,6 +167,12 @@ PERMUTE: dict[str, tuple[str, Callable[[], Any]]] = {
     "expert_map of no expert": ("expert_map", lambda: permute(expert_map=torch.full((64,), E))),
     "expert_map below -1": ("expert_map", lambda: permute(expert_map=torch.full((64,), -2))),
     "expert_map meta": ("expert_map", lambda: permute(expert_map=i32(64).to("meta"))),
+    "format unknown": ("format", lambda: permute(format="e4m3")),
+    "format of no FP8": ("format", lambda: permute(format="bf16")),
+    "format a dtype": ("format", lambda: permute(format=torch.float8_e4m3fn)),
+    "format of scaled rows": ("format", lambda: permute(x=(fp8(T, H), grid(T, 3)), format="e4m3fn")),
+    "round_scale_up without a format": ("round_scale_up", lambda: permute(round_scale_up=True)),
+    "round_scale_up a number": ("round_scale_up", lambda: permute(format="e4m3fn", round_scale_up=1)),
     "out a tensor": ("out", lambda: permute(out=torch.zeros(T * TOPK, H))),
     "out a pair": ("out", lambda: permute(out=(torch.zeros(T * TOPK, H), i32(T, TOPK)))),
     "out of None": ("out", lambda: permute(out=Permuted(None, None, None))),
@@ -185,6 +195,16 @@ PERMUTE: dict[str, tuple[str, Callable[[], Any]]] = {
     "out with scales of two rows": ("out", lambda: scaled_out(scale=grid(T * TOPK // 2, 3), block=(2, 128))),
     "out with ue8m0 scales": ("out", lambda: scaled_out(scale=grid(T * TOPK, 3).to(torch.float8_e8m0fnu))),
     "out of another format": ("out", lambda: scaled_out(data=fp8(T * TOPK, H).view(torch.float8_e5m2))),
+    "out of a cast without scales": ("out", lambda: permute_out(fp8(T * TOPK, H), format="e4m3fn")),
+    "out of a cast of floats": ("out", lambda: permute_out(format="e4m3fn")),
+    "out of a cast in another format": ("out", lambda: cast_out(format="e5m2")),
+    "out of a cast in other blocks": ("out", lambda: cast_out(scale=grid(T * TOPK, 1), block=(1, H))),
+    "out of a cast in blocks of two rows": ("out", lambda: cast_out(scale=grid(T * TOPK // 2, 3), block=(2, 128))),
+    "out of a cast with ue8m0 scales": ("out", lambda: cast_out(scale=grid(T * TOPK, 3).to(torch.float8_e8m0fnu))),
+    "out of a cast whose scales are in x": (
+        "out",
+        lambda: cast_out(scale=(x := torch.zeros(T * TOPK, H))[:, :3], x=x[:T]),
+    ),
     "out scale expanded": ("out", lambda: scaled_out(scale=grid(1, 3).expand(T * TOPK, 3))),
     "out scale in x.scale": (
         "out",

@@ -156,7 +156,7 @@ def test_routing(tmp_path: Path) -> None:
     )  # fmt: skip
     assert output.returncode == 0, output.stdout + output.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["results"]
-    kinds = {"moe_gate": ["f32"], "moe_permute": ["bf16", "fp8"], "moe_unpermute": ["bf16"]}
+    kinds = {"moe_gate": ["f32"], "moe_permute": ["bf16", "cast", "fp8"], "moe_unpermute": ["bf16"]}
     assert sorted((row["op"], row["activations"], row["m"], row["linear"]) for row in rows) == [
         (op, kind, m, model)
         for op in kinds
@@ -178,7 +178,7 @@ def test_a_wrong_permutation_gets_no_time() -> None:
     from timing import compete
     from timing.stock import Stock
 
-    def forget(x, ids, num_experts, alignment, expert_map, out):  # type: ignore[no-untyped-def]
+    def forget(x, ids, num_experts, alignment, expert_map, format, round_scale_up, out):  # type: ignore[no-untyped-def]
         out.inverse.copy_(torch.arange(out.inverse.numel()).view_as(out.inverse))
 
     broken = Op(moekern.moe_permute.reference, moekern.moe_permute.prepare, "out")

@@ -100,6 +100,15 @@ def test_aligned_rows_take_the_wide_kernels(y: str, layout: str) -> None:
 
 
 @hopper_cases.emulation
+@pytest.mark.parametrize("layout", ["aligned", "rows"])
+@pytest.mark.parametrize("x", ["f32", "f16", "bf16"])
+def test_aligned_rows_are_cast_by_the_wide_kernels(x: str, layout: str) -> None:
+    case = routing_cases.Permute(5, 144, 4, 2, x=x, format="e4m3fn", layout=layout, layout_out="aligned")
+    test_permute.test_permute(executor_of(moe_permute), case)
+    assert hopper_cases.launched() == f"permute_cast_{x if layout == 'aligned' else 'elements'}"
+
+
+@hopper_cases.emulation
 @pytest.mark.parametrize(("experts", "of_lane"), [(1, 1), (32, 1), (33, 2), (160, 8), (256, 8), (257, 16), (1024, 32)])
 def test_a_lane_of_the_gate_has_as_few_experts_as_can_be(experts: int, of_lane: int) -> None:
     test_gate.test_gate(executor_of(moe_gate), routing_cases.Gate(3, experts, 1))
@@ -108,10 +117,11 @@ def test_a_lane_of_the_gate_has_as_few_experts_as_can_be(experts: int, of_lane: 
 
 # ---- machine code
 
-_WARPS = {"gate": 4, "permute": 8, "permute_sort": 32, "unpermute": 8}
+_WARPS = {"gate": 4, "permute": 8, "permute_cast": 8, "permute_sort": 32, "unpermute": 8}
 _KERNELS = {
     "gate": [f"gate_{experts}" for experts in (1, 2, 4, 8, 16, 32)],
     "permute": ["permute_rows"],
+    "permute_cast": ["permute_cast_f32", "permute_cast_f16", "permute_cast_bf16", "permute_cast_elements"],
     "permute_sort": ["permute_sort"],
     "unpermute": ["unpermute_f32", "unpermute_f16", "unpermute_bf16", "unpermute_elements"],
 }
@@ -144,6 +154,17 @@ def test_permute_moves_16_bytes_at_a_time() -> None:
     loads, stores = hopper_code.accesses(code, "LDG"), hopper_code.accesses(code, "STG")
     assert loads[16] == 4 and stores[16] >= 4
     assert hopper_code.bytes_in_flight(code, 4) >= hopper_code.IN_FLIGHT
+
+
+@pytest.mark.parametrize(("x", "elements"), [("f32", 4), ("f16", 8), ("bf16", 8)])
+def test_rows_are_loaded_and_cast_once_for_all_slots(x: str, elements: int) -> None:
+    """A thread's 16 elements of a row, two codes an instruction and format, before the loop over the slots."""
+    code = code_of("permute_cast", f"permute_cast_{x}")
+    assert hopper_code.accesses(code, "LDG")[16] == 16 // elements
+    assert hopper_code.bytes_in_flight(code, 16 // elements) >= hopper_code.IN_FLIGHT
+    assert {elements, 4} >= set(hopper_code.accesses(code, "STG"))
+    for format in ("E4M3", "E5M2"):
+        assert sum(n for name, n in code.mnemonics.items() if name.startswith("F2FP") and format in name) == 8
 
 
 def test_slots_are_ranked_with_one_match_each() -> None:

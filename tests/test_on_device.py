@@ -191,8 +191,14 @@ PROBLEMS = (
             Gate(64, 160, 6, scoring="sigmoid", bias="f32", groups=8, kept=3, renormalize=True), seed
         ),
     ),
-    Problem(
-        moekern.moe_permute, lambda seed: routing_cases.permute_operands(Permute(64, 256, 16, 4, alignment=8), seed)
+    *(
+        Problem(
+            moekern.moe_permute,
+            lambda seed, cast=cast: routing_cases.permute_operands(
+                Permute(64, 256, 16, 4, alignment=8, format=cast), seed
+            ),
+        )  # type: ignore[misc]
+        for cast in (None, "e4m3fn")
     ),
     Problem(
         moekern.moe_unpermute, lambda seed: (routing_cases.unpermute_operands(Unpermute(64, 256, 4, 300), seed), {})
@@ -221,7 +227,7 @@ def check_replayed(problem: Problem, where: torch.device, record: Record) -> Non
 def same(x: Any, y: Any, problem: Problem) -> bool:
     if problem.op is moekern.moe_permute:  # behind the last group nothing is written
         end = int((x.layout.starts + x.layout.counts).max())
-        x, y = ((p.x[:end], p.layout, p.inverse) for p in (x, y))
+        x, y = (([rows[:end] for rows in tensors(p.x)], p.layout, p.inverse) for p in (x, y))
     return all(torch.equal(bits(a), bits(b)) for a, b in zip(tensors(x), tensors(y), strict=True))
 
 

@@ -169,10 +169,10 @@ def test_gate(tmp_path: Path, options: dict[str, Any]) -> None:
     assert torch.equal(run(tmp_path / "m.onnx", logits), moekern.moe_gate(logits, 3, **options).ids)
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["w8a16", "w8a8"])
-def test_grouped_products_between_permutations(tmp_path: Path, quantized: bool) -> None:
+@pytest.mark.parametrize("cast", [None, "before", "within"])
+def test_grouped_products_between_permutations(tmp_path: Path, cast: str | None) -> None:
     tokens = torch.export.Dim("tokens", min=1, max=4096)
-    model, shapes = Grouped(quantized), tuple({0: tokens} for _ in range(3))
+    model, shapes = Grouped(cast), tuple({0: tokens} for _ in range(3))
     for seed, moe in enumerate(("dense", "sparse")):
         feeds = torch.randn(9, H), torch.randint(-1, E, (9, 2)).int(), torch.rand(9, 2)
         path = tmp_path / f"{seed}.onnx"

@@ -56,6 +56,23 @@ def quantised(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return moekern.moe_unpermute(moekern.dequantize(rows), inverse) + layout.counts.sum()
 
 
+def cast(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    _, ids = moekern.moe_gate(logits, TOPK)
+    rows, layout, inverse = moekern.moe_permute(x, ids, E, format="e5m2", round_scale_up=True)
+    return moekern.moe_unpermute(moekern.dequantize(rows), inverse) + layout.counts.sum()
+
+
+def cast_into(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    slots = x.shape[0] * TOPK
+    _, ids = moekern.moe_gate(logits, TOPK)
+    codes = torch.zeros(slots, H, dtype=torch.float8_e4m3fn)
+    out = Permuted(
+        moekern.ScaledTensor(codes, torch.zeros(slots, 1), (1, 128)), None, torch.zeros(ids.shape, dtype=torch.int32)
+    )
+    rows, _, inverse = moekern.moe_permute(x, ids, E, format="e4m3fn", out=out)
+    return moekern.moe_unpermute(moekern.dequantize(rows), inverse) + out.x.scale.sum() + out.inverse.sum()
+
+
 def into(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     tokens = x.shape[0]
     routing = Routing(torch.zeros(tokens, TOPK), torch.zeros(tokens, TOPK, dtype=torch.int32))
@@ -65,7 +82,7 @@ def into(logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return moekern.moe_unpermute(moved.x * 2, moved.inverse, weights, out=torch.zeros(tokens, H)) + rows.x.sum()
 
 
-MODELS = [layer, aligned, quantised, into]
+MODELS = [layer, aligned, quantised, cast, cast_into, into]
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +154,9 @@ def test_fake_tensors_have_the_shapes_of_real_ones(alignment: int) -> None:
             assert fake.inverse.shape == real_moved.inverse.shape and fake.inverse.dtype == torch.int32
             assert fake.layout.counts.shape == (E,) and fake.layout.counts.dtype == torch.int64
         assert fake.x.data.dtype == torch.float8_e4m3fn and fake.x.scale.shape == moved[1].x.scale.shape
+        cast = moekern.moe_permute(fakes[1], routing.ids, E, alignment=alignment, format="e5m2").x
+        assert cast.shape == moved[1].x.shape and cast.scale.shape == moved[1].x.scale.shape
+        assert cast.format == "e5m2" and cast.scale.dtype == torch.float32 and cast.block == (1, 128)
         back = moekern.moe_unpermute(fakes[1], routing.ids, out_dtype=torch.float16)
         assert back.shape == (9, 300) and back.dtype == torch.float16
         with pytest.raises(RuntimeError, match="same number of rows"):
@@ -155,7 +175,7 @@ def test_opcheck(gradient: bool) -> None:
     )
     weights, ids = moekern.moe_gate(logits, TOPK)
     ids = ids.detach()
-    torch.library.opcheck(ops.moe_permute.default, (x, None, [1, 1], ids, E, 1, None), test_utils=CHECKS)
+    torch.library.opcheck(ops.moe_permute.default, (x, None, [1, 1], ids, E, 1, None, None, False), test_utils=CHECKS)
     inverse = moekern.moe_permute(x.detach(), ids, E).inverse
     y, weights = rand(9 * TOPK, H).requires_grad_(gradient), weights.detach().requires_grad_(gradient)
     torch.library.opcheck(ops.moe_unpermute.default, (y, inverse, weights, torch.float32), test_utils=CHECKS)
@@ -165,10 +185,12 @@ def test_opcheck(gradient: bool) -> None:
 def test_opcheck_scaled() -> None:
     data, scale = moekern.per_token_cast_to_fp8(rand(9, 300))
     ids = moekern.moe_gate(rand(9, E), TOPK).ids
+    permute = torch.ops.moekern.moe_permute.default
     # test_schema multiplies its inputs, which torch cannot do with FP8 on CPU.
-    torch.library.opcheck(
-        torch.ops.moekern.moe_permute.default, (data, scale, [1, 128], ids, E, 1, None), test_utils=CHECKS[1:]
-    )
+    torch.library.opcheck(permute, (data, scale, [1, 128], ids, E, 1, None, None, False), test_utils=CHECKS[1:])
+    for gradient in (False, True):
+        x = rand(9, 300).requires_grad_(gradient)
+        torch.library.opcheck(permute, (x, None, [1, 1], ids, E, 1, None, "e4m3fn", True), test_utils=CHECKS)
 
 
 # ---- gradients ---------------------------------------------------------------------------------------
@@ -235,5 +257,7 @@ def test_no_gradient_for_quantised_rows() -> None:
     q = moekern.per_token_cast_to_fp8(rand(9, 300))
     ids = moekern.moe_gate(rand(9, E), TOPK, correction_bias=BIAS.clone().requires_grad_()).ids
     assert not moekern.moe_permute(q, ids, E).x.data.requires_grad
+    cast = moekern.moe_permute(rand(9, 300).requires_grad_(), ids, E, format="e4m3fn").x
+    assert not cast.data.requires_grad and not cast.scale.requires_grad
     with torch.no_grad():
         assert not moekern.moe_unpermute(rand(27, 5).requires_grad_(), ids).requires_grad

@@ -145,6 +145,7 @@ def layer(target: str, rows: tuple[int, ...]) -> list[tuple[str, bool]]:
                 moekern.fused_experts, x, experts, routing.ids, routing.weights, quantize_activations=True,
                 shared=beside,
             )  # fmt: skip
+        call(moekern.moe_permute, x, routing.ids, 4, format="e4m3fn")
         rows, layout, inverse = call(moekern.moe_permute, x, routing.ids, 4)
         inverse.zero_()
         of_rows = call(moekern.per_token_cast_to_fp8, rows)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moekern.backends._triton.casts import cast
 from moekern.backends._triton.formats import rounded
 from moekern.backends._triton.launch import Launch, cdiv, strides
 from moekern.backends._triton.tiles import next_power_of_2
@@ -315,11 +316,17 @@ def _move(x: torch.Tensor, alignment: int, layout: Any, inverse: torch.Tensor, o
 
 
 def permute(
-    x: Any, ids: torch.Tensor, num_experts: int, alignment: int, expert_map: torch.Tensor | None, out: Any
-) -> list[Launch]:
-    """Of a prepared call. The layout's starts and counts are written, too."""
+    x: Any, ids: torch.Tensor, num_experts: int, alignment: int, expert_map: torch.Tensor | None, format: str | None,
+    round_scale_up: bool, out: Any,
+) -> list[Launch]:  # fmt: skip
+    """Of a prepared call. The layout's starts and counts are written, too. Rows are cast by a launch of their own."""
     moved, layout, inverse = out
     launches = sort(ids, num_experts, alignment, expert_map, layout.starts, layout.counts, inverse)
+    if format is not None:
+        data, scale = (torch.empty((len(x), part.shape[1]), dtype=part.dtype, device=x.device) for part in moved)
+        q = ScaledTensor(data, scale, moved.block)
+        launches.append(cast(x, round_scale_up, q, gated=False))
+        x = q
     pairs = [(x.data, moved.data), (x.scale, moved.scale)] if isinstance(x, ScaledTensor) else [(x, moved)]
     for source, target in pairs:
         if source.element_size() == 1:

@@ -40,7 +40,9 @@ template <const GemmPair& kIsa> void run_experts(const ExpertsProblem& p) { fuse
 template <const GemmIsa& kRows, const RoutingIsa& kIsa> void run_gate(const GateProblem& p) {
   gate(*kRows.rows, kIsa, p);
 }
-template <const RoutingIsa& kIsa> void run_permute(const PermuteProblem& p) { permute(kIsa, p); }
+template <const GemmIsa& kRows, const RoutingIsa& kIsa> void run_permute(const PermuteProblem& p) {
+  permute(*kRows.rows, kIsa, p);
+}
 template <const RoutingIsa& kIsa> void run_unpermute(const UnpermuteProblem& p) { unpermute(kIsa, p); }
 
 template <const LimitIsa& kIsa> int64_t run_multiply_add(int threads) { return limit_multiply_add(kIsa, threads); }
@@ -79,11 +81,11 @@ constexpr CastKernel kCast[] = {
 };
 
 constexpr RoutingKernel kRouting[] = {
-#define MOEKERN_ROUTING(ISA, NEEDS)      \
-  {"cpu." #ISA,                          \
-   NEEDS,                                \
-   {run_gate<k_##ISA, k_routing_##ISA>}, \
-   {run_permute<k_routing_##ISA>},       \
+#define MOEKERN_ROUTING(ISA, NEEDS)         \
+  {"cpu." #ISA,                             \
+   NEEDS,                                   \
+   {run_gate<k_##ISA, k_routing_##ISA>},    \
+   {run_permute<k_##ISA, k_routing_##ISA>}, \
    {run_unpermute<k_routing_##ISA>}},
 #include "cpu/kernels.inc"
 };

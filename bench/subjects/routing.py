@@ -111,7 +111,9 @@ class Case:
     def problems(self, op: str, kinds: list[str]) -> list[Problem]:
         if op == "moe_gate":
             return [self.gate()]
-        return [self.unpermute()] if op == "moe_unpermute" else [self.permute(kind) for kind in kinds]
+        if op == "moe_unpermute":
+            return [self.unpermute()]
+        return [self.permute(kind) for kind in (*kinds, *(("cast",) if "fp8" in kinds else ()))]
 
     def gate(self) -> Problem:
         layer = self.layer
@@ -132,9 +134,10 @@ class Case:
         )
 
     def permute(self, kind: str) -> Problem:
-        x: Any = self.x if kind == "bf16" else moekern.per_token_cast_to_fp8(self.x)
-        out = moe_permute(x, self.ids[0], self.layer.experts)
-        fixed = {"x": x, "num_experts": self.layer.experts, "out": out}
+        """Of bf16 rows, of FP8 rows, or with a cast of the first to the second."""
+        x: Any = moekern.per_token_cast_to_fp8(self.x) if kind == "fp8" else self.x
+        fixed = {"x": x, "num_experts": self.layer.experts, "format": "e4m3fn" if kind == "cast" else None}
+        fixed["out"] = out = moe_permute(ids=self.ids[0], **fixed)
         moved = nbytes(x, out.x, self.ids[0], out.inverse)
         turns = ("ids", self.ids)
         return self._problem(
@@ -199,9 +202,8 @@ def _check_permute(out: Any, call: dict[str, Any]) -> None:
     if not torch.equal(out.inverse.flatten()[order], torch.arange(len(order), dtype=torch.int32)):
         raise WrongResult("rows are not in the order of their experts and tokens")
     some = _sample(len(call["ids"]))
-    for moved, source in zip(
-        *(tuple(x) if isinstance(x, ScaledTensor) else (x,) for x in (out.x, call["x"])), strict=True
-    ):
+    x = call["x"] if call["format"] is None else moekern.per_token_cast_to_fp8(call["x"], call["format"])
+    for moved, source in zip(*(tuple(x) if isinstance(x, ScaledTensor) else (x,) for x in (out.x, x)), strict=True):
         rows = moved.view(torch.uint8)[out.inverse[some].long()]
         if not torch.equal(rows, source.view(torch.uint8)[some].unsqueeze(1).expand_as(rows)):
             raise WrongResult("a row is not its token's")

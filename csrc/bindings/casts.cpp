@@ -7,14 +7,10 @@ namespace {
 constexpr const char *kSiluMul = "silu_mul_cast_to_fp8", *kDequantize = "dequantize";
 
 // (x, out) for a cast to FP8: out is allocated here when it is None.
-py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::object format, int64_t block_rows,
+py::tuple prepare_cast(const std::string& op, py::object x, py::object out, py::handle format, int64_t block_rows,
                        int64_t block_cols, bool gated) {
   const char* name = op.c_str();
-  const std::string format_name = py::str(format);
-  const Dtype dtype = dtype_named(format_name);
-  check<TypeError>(py::isinstance<py::str>(format), name, ": format is a ", Py_TYPE(format.ptr())->tp_name,
-                   "; it is the name of one, such as \"e4m3fn\"");
-  check(is_fp8(dtype), name, ": format is \"", format_name, "\"; it is \"e4m3fn\", \"e4m3fnuz\" or \"e5m2\"");
+  const Dtype dtype = format_argument(name, format);
   const View v = view(name, "x", x);
   check_plain(name, "x", x);
   CastProblem p;

@@ -97,11 +97,14 @@ PermuteProblem permute_problem(py::handle x, py::handle ids, py::handle expert_m
 // (x, inverse, starts, counts). x and inverse are those of `out`, a Permuted; where it is None, new ones, x of `rows`,
 // the most that any ids take. starts and counts are complete, but on an accelerator left to the kernel.
 py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t alignment, py::handle expert_map,
-                          int64_t rows, py::object out) {
+                          py::handle format, int64_t rows, py::object out) {
   int device;
   PermuteProblem p = permute_problem(x, ids, expert_map, alignment, &device);
   if (!is_scaled(x)) check_plain(kPermute, "x", x);
   check_permute(kPermute, p);
+  const Dtype cast = format.is_none() ? Dtype::other : format_argument(kPermute, format);
+  check<TypeError>(cast == Dtype::other || !p.sx.values, kPermute, ": format is ", name_of(cast), ", but x is ",
+                   name_of(p.x.dtype), " already; only float rows are cast");
   py::object starts = allocate(ids, device, {experts}, Dtype::i64);
   py::object counts = allocate(ids, device, {experts}, Dtype::i64);
   int64_t used = 0;
@@ -113,10 +116,14 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   if (out.is_none()) {
     check(rows <= INT32_MAX, kPermute, ": ids and alignment take ", rows, " rows; the inverse map counts to 2^31 - 1");
     const py::object like = is_scaled(x) ? x.attr("data") : py::reinterpret_borrow<py::object>(x);
-    py::object moved = allocate(like, device, {rows, p.x.cols}, p.x.dtype);
+    py::object moved = allocate(like, device, {rows, p.x.cols}, cast == Dtype::other ? p.x.dtype : cast);
     if (is_scaled(x))
       moved = runtime().scaled_tensor(moved, allocate(like, device, {rows, p.sx.values.cols}, p.sx.values.dtype),
                                       x.attr("block"));
+    else if (cast != Dtype::other)
+      moved =
+          runtime().scaled_tensor(moved, allocate(like, device, {rows, blocks(p.x.cols, p.kCastColumns)}, Dtype::f32),
+                                  py::make_tuple(1, p.kCastColumns));
     py::object inverse = allocate(ids, device, {p.ids.rows, p.ids.cols}, Dtype::i32);
     return py::make_tuple(std::move(moved), std::move(inverse), std::move(starts), std::move(counts));
   }
@@ -129,28 +136,32 @@ py::tuple prepare_permute(py::handle x, py::handle ids, int64_t experts, int64_t
   p.inverse = matrix(kPermute, "out.inverse", inverse, device);
   check(readable(device) || p.out.rows >= rows, kPermute, ": out.x has ", p.out.rows,
         " rows; on an accelerator it needs ", rows, ", enough for any ids");
-  check_permute_output(kPermute, p, used);
+  check_permute_output(kPermute, p, used, cast);
   return py::make_tuple(std::move(moved), std::move(inverse), std::move(starts), std::move(counts));
 }
 
-PermuteProblem permute_problem(py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
-                               const py::tuple& out, int* device) {
-  static const py::object kStarts = interned("starts"), kCounts = interned("counts");
-  PermuteProblem p = permute_problem(x, ids, expert_map, alignment, device);
-  const py::object layout = out[1];
-  read_rows("out.x", out[0], &p.out, &p.sout, device);
-  p.inverse = view(kPermute, "out.inverse", out[2]).matrix;
-  p.starts = view(kPermute, "starts", layout.attr(kStarts), 1).matrix;
-  p.counts = view(kPermute, "counts", layout.attr(kCounts), 1).matrix;
-  return p;
-}
-
-void run_permute(const RoutingKernel& kernel, py::handle x, py::handle ids, int64_t alignment, py::handle expert_map,
-                 const py::tuple& out) {
+// The parameters of `moe_permute`, in order, to where a problem has them.
+struct PermuteCall {
+  PermuteProblem problem;
   int device;
-  PermuteProblem p = permute_problem(x, ids, alignment, expert_map, out, &device);
+
+  PermuteCall(py::handle x, py::handle ids, int64_t, int64_t alignment, py::handle expert_map, py::handle,
+              bool round_scale_up, const py::tuple& out)
+      : problem(permute_problem(x, ids, expert_map, alignment, &device)) {
+    static const py::object kStarts = interned("starts"), kCounts = interned("counts");
+    const py::object layout = out[1];
+    read_rows("out.x", out[0], &problem.out, &problem.sout, &device);
+    problem.inverse = view(kPermute, "out.inverse", out[2]).matrix;
+    problem.starts = view(kPermute, "starts", layout.attr(kStarts), 1).matrix;
+    problem.counts = view(kPermute, "counts", layout.attr(kCounts), 1).matrix;
+    problem.round_scale_up = round_scale_up;
+  }
+};
+
+void run_permute(const RoutingKernel& kernel, PermuteCall call) {
+  PermuteProblem& p = call.problem;
   p.threads = threads_for(p.ids.rows * p.ids.cols * p.x.cols * size_of(p.x.dtype));
-  run_routine(kernel.permute, p, device);
+  run_routine(kernel.permute, p, call.device);
 }
 
 // ---- unpermute ---------------------------------------------------------------------------------------
@@ -220,12 +231,14 @@ void routing_rows(const Backend& backend, KernelRows& rows) {
         });
     add_row(
         rows, kPermute, k.name, needs, k.permute,
-        [&k](py::handle x, py::handle ids, int64_t, int64_t alignment, py::handle expert_map, const py::tuple& out) {
-          run_permute(k, x, ids, alignment, expert_map, out);
+        [&k](py::handle x, py::handle ids, int64_t experts, int64_t alignment, py::handle expert_map, py::handle format,
+             bool round_scale_up, const py::tuple& out) {
+          run_permute(k, PermuteCall(x, ids, experts, alignment, expert_map, format, round_scale_up, out));
         },
-        [&k](py::handle x, py::handle ids, int64_t, int64_t alignment, py::handle expert_map, const py::tuple& out) {
-          int device;
-          return refusal(k.permute, permute_problem(x, ids, alignment, expert_map, out, &device));
+        [&k](py::handle x, py::handle ids, int64_t experts, int64_t alignment, py::handle expert_map, py::handle format,
+             bool round_scale_up, const py::tuple& out) {
+          const PermuteCall call(x, ids, experts, alignment, expert_map, format, round_scale_up, out);
+          return refusal(k.permute, call.problem);
         });
     add_row(
         rows, kUnpermute, k.name, needs, k.unpermute,

@@ -231,6 +231,15 @@ Dtype dtype_argument(const char* op, py::handle dtype, Dtype otherwise) {
   return found;
 }
 
+Dtype format_argument(const char* op, py::handle format) {
+  check<TypeError>(py::isinstance<py::str>(format), op, ": format is a ", Py_TYPE(format.ptr())->tp_name,
+                   "; it is the name of one, such as \"e4m3fn\"");
+  const auto name = format.cast<std::string>();
+  const Dtype found = dtype_named(name);
+  check(is_fp8(found), op, ": format is \"", name, "\"; it is \"e4m3fn\", \"e4m3fnuz\" or \"e5m2\"");
+  return found;
+}
+
 int num_threads() { return runtime().num_threads().cast<int>(); }
 
 // Waking a second thread takes some microseconds: as long as decoding this many weights.

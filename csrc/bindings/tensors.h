@@ -77,6 +77,7 @@ Scaled scaled(const char* op, const char* name, py::handle object);
 ScaledStack scaled_stack(const char* op, const char* name, py::handle object);
 
 Dtype dtype_argument(const char* op, py::handle dtype, Dtype otherwise);
+Dtype format_argument(const char* op, py::handle format);  // of FP8, by its name
 
 int num_threads();
 int threads_for(int64_t work);  // work in weights decoded

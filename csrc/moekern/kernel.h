@@ -104,8 +104,9 @@ struct GateProblem : Problem {
   float routed_scaling_factor = 1, mask_value = 0;
 };
 
-// Rows of x in the order of their experts. Expert g has the rows starts[g] .. starts[g] + counts[g] of out, and zeros
-// up to the next multiple of the alignment; inverse[t, j] is the row of slot j of token t, or -1.
+// Rows of x in the order of their experts, as they are or cast to FP8. Expert g has the rows starts[g] .. starts[g] +
+// counts[g] of out, and zeros up to the next multiple of the alignment; inverse[t, j] is the row of slot j of token t,
+// or -1.
 struct PermuteProblem : Problem {
   Matrix x;  // [tokens, hidden] f32, f16 or bf16, or FP8 with sx, which has one row a token
   ScaleGrid sx;
@@ -113,9 +114,13 @@ struct PermuteProblem : Problem {
   Matrix expert_map;      // [1, ids' experts] i32, or empty
   Matrix starts, counts;  // [1, experts] i64
   int64_t alignment = 1;
-  Matrix out;  // [rows, hidden]
-  ScaleGrid sout;
+  Matrix out;      // [rows, hidden]
+  ScaleGrid sout;  // of FP8 rows
   Matrix inverse;  // [tokens, topk] i32
+
+  static constexpr int64_t kCastColumns = 128;  // that share a scale
+  bool round_scale_up = false;
+  bool casts() const { return sout.values && !sx.values; }
 };
 
 // out[t] = cast(sum_j weights[t, j] y[inverse[t, j]]), slots of -1 left out.

@@ -102,10 +102,14 @@ inline int64_t count_experts(const PermuteProblem& p, const Matrix& of_starts, c
   return end;
 }
 
-// `used`: the rows that the groups take.
-inline void check_permute_output(const char* op, const PermuteProblem& p, int64_t used) {
-  check<TypeError>(p.out.dtype == p.x.dtype, op, ": out.x has dtype ", name_of(p.out.dtype), "; x has ",
-                   name_of(p.x.dtype));
+// `used`: the rows that the groups take. format: what x is cast to, or Dtype::other.
+inline void check_permute_output(const char* op, const PermuteProblem& p, int64_t used, Dtype format) {
+  const bool cast = format != Dtype::other, scaled = cast || p.sx.values;
+  const char* rows = cast ? "the cast" : "x";  // what out.x has to look like
+  const Dtype dtype = cast ? format : p.x.dtype, scale_dtype = cast ? Dtype::f32 : p.sx.values.dtype;
+  const int64_t block_cols = cast ? p.kCastColumns : p.sx.block_cols;
+  check<TypeError>(p.out.dtype == dtype, op, ": out.x has dtype ", name_of(p.out.dtype), "; ", rows, " has ",
+                   name_of(dtype));
   check(p.out.cols == p.x.cols, op, ": out.x has ", p.out.cols, " columns; x has ", p.x.cols);
   check(p.out.rows >= used, op, ": out.x has ", p.out.rows, " rows; these ids take ", used);
   check(p.out.rows <= INT32_MAX, op, ": out.x has ", p.out.rows, " rows; the inverse map counts to 2^31 - 1");
@@ -115,14 +119,14 @@ inline void check_permute_output(const char* op, const PermuteProblem& p, int64_
   check_shape(op, "out.inverse", p.inverse, p.ids.rows, p.ids.cols, "like ids");
   check<TypeError>(p.inverse.dtype == Dtype::i32, op, ": out.inverse has dtype ", name_of(p.inverse.dtype),
                    "; it must be i32");
-  check<TypeError>(!p.sout.values == !p.sx.values, op, ": out.x ", p.sout.values ? "has a scale" : "has no scale",
-                   "; x ", p.sx.values ? "has one" : "has none");
-  if (p.sx.values) {
-    check(p.sout.block_rows == 1 && p.sout.block_cols == p.sx.block_cols, op, ": out.x.block is (", p.sout.block_rows,
-          ", ", p.sout.block_cols, "); x has blocks of (1, ", p.sx.block_cols, ")");
+  check<TypeError>(!p.sout.values == !scaled, op, ": out.x ", p.sout.values ? "has a scale" : "has no scale", "; ",
+                   rows, scaled ? " has one" : " has none");
+  if (scaled) {
+    check(p.sout.block_rows == 1 && p.sout.block_cols == block_cols, op, ": out.x.block is (", p.sout.block_rows, ", ",
+          p.sout.block_cols, "); ", rows, " has blocks of (1, ", block_cols, ")");
     check_grid(op, "out.x", p.out, p.sout);
-    check<TypeError>(p.sout.values.dtype == p.sx.values.dtype, op, ": out.x.scale has dtype ",
-                     name_of(p.sout.values.dtype), "; x.scale has ", name_of(p.sx.values.dtype));
+    check<TypeError>(p.sout.values.dtype == scale_dtype, op, ": out.x.scale has dtype ", name_of(p.sout.values.dtype),
+                     "; ", rows, " has scales of ", name_of(scale_dtype));
   }
   const std::pair<const char*, Matrix> outputs[] = {
       {"out.x", p.out}, {"out.x.scale", p.sout.values}, {"out.inverse", p.inverse}};

@@ -126,6 +126,7 @@ def prepare_permute(
     experts: int,
     alignment: int,
     expert_map: torch.Tensor | None,
+    format: str | None,
     rows: int,
     out: tuple[Any, Any, torch.Tensor] | None,
     /,

@@ -362,18 +362,27 @@ def _trace_gate(  # type: ignore[no-untyped-def]
     return Routing(out[0].copy_(weights), out[1].copy_(ids))
 
 
-def _permute(x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
+def _permute(  # type: ignore[no-untyped-def]
+    x, scale, block, ids, num_experts, alignment, expert_map, format, round_scale_up
+):
     rows = x if scale is None else ScaledTensor(x, scale, tuple(block))
-    moved, layout, inverse = ops.moe_permute(rows, ids, num_experts, alignment=alignment, expert_map=expert_map)
-    data, scale = (moved, x.new_empty(0)) if scale is None else moved
+    moved, layout, inverse = ops.moe_permute(
+        rows, ids, num_experts, alignment=alignment, expert_map=expert_map, format=format, round_scale_up=round_scale_up
+    )
+    data, scale = (moved, x.new_empty(0)) if isinstance(moved, torch.Tensor) else moved
     return data, scale, layout.starts, layout.counts, inverse
 
 
-def _permute_fake(x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
+def _permute_fake(  # type: ignore[no-untyped-def]
+    x, scale, block, ids, num_experts, alignment, expert_map, format, round_scale_up
+):
     torch._check(x.dim() == 2 and ids.dim() == 2, lambda: "moe_permute: x and ids must have 2 dimensions")
     torch._check(x.shape[0] == ids.shape[0], lambda: "moe_permute: x and ids need the same number of rows, the tokens")
     rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
     groups = ids.new_empty((2, num_experts), dtype=torch.int64)
+    if format is not None:
+        blocks = (x.shape[1] + BLOCK - 1) // BLOCK
+        x, scale = x.new_empty(x.shape, dtype=DTYPES[format]), x.new_empty((0, blocks), dtype=torch.float32)
     return (
         x.new_empty((rows, x.shape[1])),
         x.new_empty(0) if scale is None else scale.new_empty((rows, scale.shape[1])),
@@ -385,30 +394,32 @@ def _permute_fake(x, scale, block, ids, num_experts, alignment, expert_map):  # 
 
 def _save_permute(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.save_for_backward(output[4])
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.has_gradient = inputs[1] is None  # FP8 rows are constants
+    constants = output[:2] if output[0].dtype.itemsize == 1 else ()  # FP8 rows
+    ctx.mark_non_differentiable(*constants, *output[2:])
 
 
 def _permute_backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     """dx[t] = the sum of the gradients of the rows that are copies of x[t]."""
     (inverse,) = ctx.saved_tensors
-    grad_x = torch.ops.moekern.moe_unpermute(grad, inverse, None, grad.dtype) if ctx.has_gradient else None
-    return grad_x, *(None,) * 6
+    return torch.ops.moekern.moe_unpermute(grad, inverse, None, grad.dtype), *(None,) * 8
 
 
-def _trace_permute(x, ids, num_experts, *, alignment=1, expert_map=None, out=None):  # type: ignore[no-untyped-def]
+def _trace_permute(  # type: ignore[no-untyped-def]
+    x, ids, num_experts, *, alignment=1, expert_map=None, format=None, round_scale_up=False, out=None
+):
     data, scale, block = (x, None, (1, 1)) if isinstance(x, torch.Tensor) else parts(x)
     moved, moved_scale, starts, counts, inverse = torch.ops.moekern.moe_permute(
-        data, scale, list(block), ids, num_experts, alignment, expert_map
+        data, scale, list(block), ids, num_experts, alignment, expert_map, format, round_scale_up
     )
+    block = block if format is None else (1, BLOCK)
     if out is not None:
         target, _, out_inverse = out
-        parts_of_target = (target,) if scale is None else tuple(target)
+        parts_of_target = (target,) if isinstance(target, torch.Tensor) else tuple(target)
         for to, result in zip(parts_of_target, (moved, moved_scale), strict=False):
             to[: moved.shape[0]].copy_(result[: to.shape[0]])
         layout = GroupedLayout(starts, counts, target.shape[0], alignment, check=at_hand(starts))
         return Permuted(target, layout, out_inverse.copy_(inverse))
-    rows = moved if scale is None else ScaledTensor(moved, moved_scale, block)
+    rows = moved if scale is None and format is None else ScaledTensor(moved, moved_scale, block)
     return Permuted(rows, GroupedLayout(starts, counts, moved.shape[0], alignment, check=at_hand(starts)), inverse)
 
 
@@ -457,7 +468,7 @@ def _define_routing() -> None:
     )
     _define(
         "moe_permute(Tensor x, Tensor? scale, int[] block, Tensor ids, int num_experts, int alignment, "
-        "Tensor? expert_map) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        "Tensor? expert_map, str? format, bool round_scale_up) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         _permute,
         _permute_fake,
     )

@@ -281,6 +281,7 @@ const char* moe_permute(const Request& r, bool ask) {
   p.out = r.matrix("out.x");
   p.sout = r.grid("out.x.scale");
   p.inverse = r.matrix("out.inverse");
+  p.round_scale_up = r.option("round_scale_up") != 0;
   p.threads = r.threads;
   check_permute("moe_permute", p);
   check_permute_ids("moe_permute", p, experts);
@@ -289,7 +290,8 @@ const char* moe_permute(const Request& r, bool ask) {
   of_starts.data = reinterpret_cast<char*>(starts.data());
   of_counts.data = reinterpret_cast<char*>(counts.data());
   of_starts.cols = of_counts.cols = experts;
-  check_permute_output("moe_permute", p, count_experts(p, of_starts, of_counts));
+  check_permute_output("moe_permute", p, count_experts(p, of_starts, of_counts),
+                       p.casts() ? p.out.dtype : Dtype::other);
   if (!ask) kernel.permute.run(p);
   return nullptr;
 }

@@ -40,7 +40,7 @@ struct RoutingIsa {
 };
 
 void gate(const RowOps& rows, const RoutingIsa& isa, const GateProblem& p);
-void permute(const RoutingIsa& isa, const PermuteProblem& p);
+void permute(const RowOps& rows, const RoutingIsa& isa, const PermuteProblem& p);
 void unpermute(const RoutingIsa& isa, const UnpermuteProblem& p);
 
 }  // namespace moekern::cpu

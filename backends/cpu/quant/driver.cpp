@@ -79,11 +79,14 @@ void settle(bool past_caches) {
   if (past_caches) __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
+// Columns at a time: what is read twice stays in L1 meanwhile, or in L2 where blocks are 128 rows tall, beside what is
+// next.
+int64_t width_of(int64_t cols, int64_t widest) { return round_up(ceil_div(cols, ceil_div(cols, widest)), kBlock); }
+
 template <class Input>
 void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
-  // What is read twice stays in L1 meanwhile, or in L2 where blocks are 128 rows tall, beside what is next.
-  const int64_t height = p.scale.block_rows, widest = height == 1 ? kWidestRow : kWidestPanel;
-  const int64_t width = round_up(ceil_div(p.q.cols, ceil_div(p.q.cols, widest)), kBlock);
+  const int64_t height = p.scale.block_rows;
+  const int64_t width = width_of(p.q.cols, height == 1 ? kWidestRow : kWidestPanel);
   const int64_t cols = height == 1 && Input::kInPlace ? p.q.cols : width, across = ceil_div(p.q.cols, cols);
   const int64_t total = ceil_div(p.q.rows, height) * across;
   const bool past = past_caches(p.q);
@@ -120,6 +123,15 @@ void cast(const RowOps& rows, const CastProblem& p, const Input& input) {
 }  // namespace
 
 void cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast(rows, p, PlainInput{rows, p.x}); }
+
+void cast_row(const RowOps& rows, const Matrix& x, int64_t i, bool round_scale_up, Dtype format, uint8_t* q,
+              float* scale) {
+  if (x.cols == 0) return;
+  const Source source = PlainInput{rows, x}.source({i, 1, 0, x.cols}, {std::min(i + 1, x.rows - 1), 1, 0, x.cols});
+  rows.cast_panel(source.dtype, format,
+                  {source.data, source.stride, 1, x.cols, width_of(x.cols, kWidestRow), false, q, x.cols, scale, 1,
+                   round_scale_up, source.next, false});
+}
 
 void silu_mul_cast_to_fp8(const RowOps& rows, const CastProblem& p) { cast(rows, p, GatedInput{rows, p.x}); }
 

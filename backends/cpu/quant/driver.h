@@ -6,6 +6,9 @@
 namespace moekern::cpu {
 
 void cast_to_fp8(const RowOps& rows, const CastProblem& p);
+// One row of x, in 1 x 128 blocks, to codes and scales that stay in the caches. Uses the scratch memory Slot::own_b.
+void cast_row(const RowOps& rows, const Matrix& x, int64_t i, bool round_scale_up, Dtype format, uint8_t* q,
+              float* scale);
 void silu_mul_cast_to_fp8(const RowOps& rows, const CastProblem& p);
 void dequantize(const RowOps& rows, const CastProblem& p);
 

@@ -32,7 +32,8 @@ struct Tile {
   template <Dtype F, class Inverse>
   __device__ void store(const CastParameters& p, const Inverse& inverse) const {
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) store_codes<Input, F>(p, row + i * kRows, col, x[i], inverse);
+    for (int i = 0; i < kPieces; ++i)
+      if (row + i * kRows < p.rows) store_codes(p, row + i * kRows, col, codes_of<Input, F>(x[i], inverse));
   }
 };
 

@@ -83,30 +83,39 @@ struct Elements : Floats<4> {
   __device__ static Held hold(const Loaded& x) { return x; }
 };
 
-// The V codes of a piece, at once where the rows of q allow it.
+// The codes of a piece, four a word.
+template <class Input>
+struct Codes {
+  uint32_t words[Input::V / 4];
+};
+
 template <class Input, Dtype F, class Inverse>
-__device__ inline void store_codes(const CastParameters& p, uint32_t row, uint32_t col, const typename Input::Held& x,
-                                   const Inverse& inverse) {
-  constexpr int V = Input::V;
-  if (row >= p.rows || col >= p.cols) return;
-  uint32_t codes[V / 4];
+__device__ inline Codes<Input> codes_of(const typename Input::Held& x, const Inverse& inverse) {
+  Codes<Input> codes;
 #pragma unroll
-  for (int i = 0; i < V / 4; ++i) {
+  for (int i = 0; i < Input::V / 4; ++i) {
     float y[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) y[j] = __fmul_rn(Input::value(x, 4 * i + j), inverse(4 * i + j));
-    codes[i] = to_fp8x2<F>(y[0], y[1]) | to_fp8x2<F>(y[2], y[3]) << 16;
+    codes.words[i] = to_fp8x2<F>(y[0], y[1]) | to_fp8x2<F>(y[2], y[3]) << 16;
   }
+  return codes;
+}
+
+// To a row of q, at once where its rows allow it.
+template <class Input>
+__device__ inline void store_codes(const CastParameters& p, uint32_t row, uint32_t col, const Codes<Input>& codes) {
+  if (col >= p.cols) return;
   if constexpr (Input::kWholePieces) {
     char* q = at(p.q, row, 0) + col;
-    if constexpr (V == 8)
-      *reinterpret_cast<uint2*>(q) = {codes[0], codes[1]};
+    if constexpr (Input::V == 8)
+      *reinterpret_cast<uint2*>(q) = {codes.words[0], codes.words[1]};
     else
-      *reinterpret_cast<uint32_t*>(q) = codes[0];
+      *reinterpret_cast<uint32_t*>(q) = codes.words[0];
   } else {
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      if (col + i < p.cols) *at(p.q, row, col + i) = static_cast<char>(codes[i / 4] >> (i % 4 * 8));
+    for (int i = 0; i < Input::V; ++i)
+      if (col + i < p.cols) *at(p.q, row, col + i) = static_cast<char>(codes.words[i / 4] >> (i % 4 * 8));
   }
 }
 

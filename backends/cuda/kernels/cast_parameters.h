@@ -11,7 +11,7 @@ constexpr int kBlocksATime = 32;  // 1 x 128 blocks that a thread block casts: 1
 struct CastParameters {
   Strided x, q, scale;  // all of x's first half where it is gated
   int64_t up_step;      // bytes from a gate to its up
-  uint32_t rows, cols;  // of q
+  uint32_t rows, cols;  // rows of x, columns of q
   uint32_t col_blocks;  // 128 columns each
   bool round_scale_up;
 };

@@ -4,8 +4,16 @@
 
 namespace moekern::cuda {
 
-template <class Input>
-__device__ inline void cast_rows(const CastParameters& p) {
+// Where a row goes: store(target) for every row of q and of the scales that it becomes.
+struct SameRow {
+  template <class Store>
+  __device__ void operator()(uint32_t row, const Store& store) const {
+    store(row);
+  }
+};
+
+template <class Input, class Targets = SameRow>
+__device__ inline void cast_rows(const CastParameters& p, const Targets& targets = {}) {
   constexpr int V = Input::V, kLanes = kCastThreads / kBlocksATime, kPieces = kCastBlock / kLanes / V;
   const int lane = threadIdx.x % kLanes;
   const uint32_t index = blockIdx.x * kBlocksATime + threadIdx.x / kLanes;
@@ -23,13 +31,20 @@ __device__ inline void cast_rows(const CastParameters& p) {
   uint32_t amax = Input::amax(tops);
 #pragma unroll
   for (int step = kLanes / 2; step; step /= 2) amax = max(amax, __shfl_xor_sync(~0u, amax, step));
+  float scale;
+  Codes<Input> codes[kPieces];
   with_format(p.q.dtype, [&](auto format) {
     constexpr Dtype F = decltype(format)::value;
-    const float scale = scale_of<F>(amax, p.round_scale_up), inverse = __frcp_rn(scale);
-    if (lane == 0 && row < p.rows) *reinterpret_cast<float*>(at(p.scale, row, block)) = scale;
+    scale = scale_of<F>(amax, p.round_scale_up);
+    const float inverse = __frcp_rn(scale);
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i)
-      store_codes<Input, F>(p, row, col + i * kLanes * V, x[i], [&](int) { return inverse; });
+    for (int i = 0; i < kPieces; ++i) codes[i] = codes_of<Input, F>(x[i], [&](int) { return inverse; });
+  });
+  if (row >= p.rows) return;
+  targets(row, [&](uint32_t target) {
+    if (lane == 0) *reinterpret_cast<float*>(at(p.scale, target, block)) = scale;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) store_codes(p, target, col + i * kLanes * V, codes[i]);
   });
 }
 

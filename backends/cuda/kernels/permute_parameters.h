@@ -1,6 +1,6 @@
 // Of moe_permute and moe_unpermute.
 #pragma once
-#include "cuda/kernels/strided.h"
+#include "cuda/kernels/cast_parameters.h"
 
 namespace moekern::cuda {
 
@@ -37,6 +37,14 @@ struct MoveParameters {
   Moved data, scales;  // no blocks: no scales
   Strided inverse, starts, counts;
   uint32_t tokens, topk, rows, alignment;
+};
+
+// ---- rows cast on their way there
+
+struct PermuteCastParameters {
+  CastParameters cast;  // of the tokens' rows; q and scale are those of all slots
+  Strided inverse;
+  uint32_t topk, rows;  // rows: of q
 };
 
 // ---- and back

@@ -138,6 +138,9 @@ def _experts(model: models.Model, tokens: Sequence[int], activations: Sequence[s
                     )
                     yield Call(ops.fused_experts, f"{said}, {kind}{', shared' if beside else ''}", prepared)
             yield Call(ops.moe_permute, said, ops.moe_permute.prepare(x, ids, groups))
+            if "fp8" in activations:
+                cast = ops.moe_permute.prepare(x, ids, groups, format="e4m3fn")
+                yield Call(ops.moe_permute, f"{said}, cast", cast)
         slots = count * of.top_k
         even = torch.full((groups,), slots // groups, device=ids.device)
         even[: slots % groups] += 1

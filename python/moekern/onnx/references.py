@@ -84,10 +84,12 @@ def _gate(a: dict[str, Any], got: Results, quantise: bool) -> Pairs:
 def _permute(a: dict[str, Any], got: Results, quantise: bool) -> Pairs:
     rows = a["x"] if a["scale"] is None else ScaledTensor(a["x"], a["scale"], tuple(a["block"]))
     exact, layout, inverse = ops.moe_permute.reference(
-        rows, a["ids"], a["num_experts"], alignment=a["alignment"], expert_map=a["expert_map"]
-    )
-    moved = got[0] if a["scale"] is None else ScaledTensor(got[0], got[1], tuple(a["block"])).to_float64()
-    exact = exact if isinstance(exact, torch.Tensor) else exact.to_float64()
+        rows, a["ids"], a["num_experts"], alignment=a["alignment"], expert_map=a["expert_map"], format=a["format"],
+        round_scale_up=a["round_scale_up"],
+    )  # fmt: skip
+    moved = got[0]
+    if isinstance(exact, ScaledTensor):
+        moved, exact = ScaledTensor(got[0], got[1], exact.block).to_float64(), exact.to_float64()
     used = inverse[inverse >= 0].long()
     return [exact[used], layout.starts, layout.counts, inverse], [moved[used], *got[2:]]
 

@@ -13,7 +13,7 @@ from moekern.experts import ExpertWeights
 from moekern.onnx import casts, grouped, routing
 from moekern.onnx.experts import Expert, Gating, Network, experts_of
 from moekern.onnx.forms import Routed
-from moekern.onnx.graph import BF16, FLOAT, Graph, Value
+from moekern.onnx.graph import BF16, FLOAT, FP8, Graph, Value
 from moekern.onnx.program import Program
 from moekern.onnx.weights import Stored, Weight, one
 from moekern.scaled import BLOCK, ScaledTensor
@@ -157,7 +157,12 @@ class Translation:
             num_expert_group, topk_group, renormalize, routed_scaling_factor, mask_value,
         )  # fmt: skip
 
-    def moe_permute(self, x, scale, block, ids, num_experts, alignment, expert_map):  # type: ignore[no-untyped-def]
+    def moe_permute(  # type: ignore[no-untyped-def]
+        self, x, scale, block, ids, num_experts, alignment, expert_map, format, round_scale_up
+    ):
+        if format is not None:
+            codes, scale = self.per_token_cast_to_fp8(x, format, round_scale_up)
+            x = self.graph.typed(codes, FP8[format])
         return routing.permute(self.graph, x, scale, ids, int(ids.shape[1]), num_experts, alignment, expert_map)
 
     def moe_unpermute(self, y, inverse, weights, out_dtype=None):  # type: ignore[no-untyped-def]

@@ -9,8 +9,9 @@ import torch
 from moekern import _C
 from moekern.layout import GroupedLayout
 from moekern.op import op
-from moekern.ops.arguments import check_integer
-from moekern.scaled import ScaledTensor, as_scaled, as_tensor
+from moekern.ops.arguments import check_bool, check_integer
+from moekern.ops.quantize import reference_cast
+from moekern.scaled import BLOCK, ScaledTensor, as_scaled, as_tensor
 
 Rows = Any  # ScaledTensor, (data, scale), or a float tensor
 
@@ -41,6 +42,8 @@ def _prepare_permute(
     *,
     alignment: int = 1,
     expert_map: torch.Tensor | None = None,
+    format: str | None = None,
+    round_scale_up: bool = False,
     out: Permuted | None = None,
 ) -> tuple[Any, ...]:
     name = "moe_permute"
@@ -50,14 +53,17 @@ def _prepare_permute(
         expert_map = as_tensor(expert_map, f"{name}: expert_map")
     check_integer(name, "num_experts", num_experts, 0)
     check_integer(name, "alignment", alignment, 1)
+    check_bool(name, "round_scale_up", round_scale_up)
+    if round_scale_up and format is None:
+        raise ValueError(f"{name}: round_scale_up is True, but format is None: nothing is cast")
     if ids.dim() != 2:
         raise ValueError(f"{name}: ids has {ids.dim()} dimensions; it must have 2")
     if out is not None and not (isinstance(out, tuple) and len(out) == 3):
         raise TypeError(f"{name}: out is a {type(out).__name__}; it must be a Permuted")
     rows = permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
-    moved, inverse, starts, counts = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, rows, out)
+    moved, inverse, starts, counts = _C.prepare_permute(x, ids, num_experts, alignment, expert_map, format, rows, out)
     layout = GroupedLayout.unfilled(starts, counts, moved.shape[0], alignment)
-    return x, ids, num_experts, alignment, expert_map, Permuted(moved, layout, inverse)
+    return x, ids, num_experts, alignment, expert_map, format, round_scale_up, Permuted(moved, layout, inverse)
 
 
 @op(prepare=_prepare_permute)
@@ -68,11 +74,14 @@ def moe_permute(
     *,
     alignment: int = 1,
     expert_map: torch.Tensor | None = None,
+    format: str | None = None,
+    round_scale_up: bool = False,
     out: Permuted | None = None,
 ) -> Permuted:
     """Gather the rows of every expert's tokens, expert after expert.
 
     result.x[result.inverse[t, j]] = x[t] for every slot j of every token t
+    with a format: = per_token_cast_to_fp8(x, format, round_scale_up)[t], to the bit
     result.layout: expert g has counts[g] rows from starts[g] on, a multiple of `alignment`
 
     x: [T, H] float32, float16 or bfloat16; or FP8 with one row of scales a token, as ScaledTensor or
@@ -83,6 +92,10 @@ def moe_permute(
     alignment: every expert's rows begin at a multiple of it (DeepGEMM's contiguous layout: 128).
     expert_map: [E] int32 or int64, for ids of E experts of which some live elsewhere: the expert here, 0 to
         num_experts - 1, or -1, which drops the slot.
+    format: of FP8, for a float x that is cast on its way: result.x is a ScaledTensor of blocks (1, 128). A row is read
+        and cast once, and written to all its places: of bfloat16 with topk 8, 2 + 8 bytes an element are moved, where
+        a cast ahead, which Triton's kernels make of it, moves 2 + 1 and 1 + 8.
+    round_scale_up: as in `per_token_cast_to_fp8`, with a format.
     out: a Permuted whose x and inverse are written to. x may have any number of rows that suffices;
         `permuted_rows` says how many always do, and an accelerator takes no fewer. Its layout is not looked at: the
         result has its own.
@@ -91,8 +104,9 @@ def moe_permute(
     and the next multiple of `alignment` are zero, scales too. The rows behind the last expert's, of which there are
     some where slots are dropped or alignment is not 1, are not written to.
 
-    A float x has a gradient. Raises ValueError or TypeError naming the argument; what ids and expert_map hold
-    is checked before anything is moved. On an accelerator it is not looked at: what names no expert counts as -1.
+    A float x has a gradient unless it is cast. Raises ValueError or TypeError naming the argument; what ids and
+    expert_map hold is checked before anything is moved. On an accelerator it is not looked at: what names no expert
+    counts as -1.
     """
     local = ids.long() if expert_map is None else _mapped(ids.long(), expert_map.long())
     inverse = torch.full(ids.shape, -1, dtype=torch.int32)
@@ -105,6 +119,8 @@ def moe_permute(
     layout = GroupedLayout.from_counts(
         counts, alignment, permuted_rows(ids.shape[0], ids.shape[1], num_experts, alignment)
     )
+    if format is not None:
+        x = reference_cast(x, (1, BLOCK), format, round_scale_up)
     if isinstance(x, ScaledTensor):
         moved: Any = ScaledTensor(_gather(x.data, inverse, layout), _gather(x.scale, inverse, layout), x.block)
     else:

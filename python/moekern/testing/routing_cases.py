@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from moekern.ops import Permuted, Routing, permuted_rows
-from moekern.scaled import DTYPES, ScaledTensor
+from moekern.ops.quantize import reference_cast
+from moekern.scaled import BLOCK, DTYPES, ScaledTensor
 from moekern.testing.cases import FLOATS, VALUES, fp8_data, place, scale_grid
 from moekern.testing.expert_cases import place_indices
 from moekern.testing.moe_models import routing
@@ -71,6 +72,9 @@ class Permute:
     layout_scale: str = "rows"
     layout_out: str = "rows"
     spare: int = 0  # rows of out beyond those that suffice
+    format: str | None = None  # of FP8, that a float x is cast to
+    round_scale_up: bool = False
+    values: str = "normal"  # of a float x
 
     def __str__(self) -> str:
         return _name(self, f"{self.tokens}x{self.hidden}-{self.topk}of{self.experts}", 4)
@@ -167,7 +171,7 @@ def permute_operands(case: Permute, seed: int = 0) -> tuple[tuple[Any, ...], dic
         data = fp8_data(g, shape, case.x, VALUES["all codes"])
         x: Any = ScaledTensor(place(data, case.layout), place(scale, case.layout_scale), block)
     else:
-        x = place(torch.randn(shape, generator=g).to(FLOATS[case.x]), case.layout)
+        x = place(VALUES[case.values].floats(g, shape).to(FLOATS[case.x]), case.layout)
     ids, expert_map = _routed(case, seed), None
     if case.mapped:
         expert_map = torch.full((2 * case.experts,), -1)
@@ -176,7 +180,10 @@ def permute_operands(case: Permute, seed: int = 0) -> tuple[tuple[Any, ...], dic
         ids = torch.where(ids < 0, -1, 2 * ids + torch.where(elsewhere, 0, 1))
         expert_map = place_indices(expert_map.to(INDICES[case.index]).unsqueeze(0))[0]
     ids = place_indices(ids.to(INDICES[case.index]))
-    return (x, ids, case.experts), {"alignment": case.alignment, "expert_map": expert_map}
+    options: dict[str, Any] = {"alignment": case.alignment, "expert_map": expert_map}
+    if case.format:
+        options |= {"format": case.format, "round_scale_up": case.round_scale_up}
+    return (x, ids, case.experts), options
 
 
 def marked(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -186,6 +193,8 @@ def marked(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 def permute_output(case: Permute, x: torch.Tensor | ScaledTensor) -> Permuted:
     rows = permuted_rows(case.tokens, case.topk, case.experts, case.alignment) + case.spare
+    if case.format and isinstance(x, torch.Tensor):
+        x = reference_cast(x, (1, BLOCK), case.format, round_scale_up=False)
     if isinstance(x, ScaledTensor):
         data = place(marked(rows, case.hidden, x.data.dtype), case.layout_out)
         scale = place(marked(rows, x.scale.shape[1], x.scale.dtype), case.layout_scale)
@@ -322,6 +331,41 @@ def _permute() -> Iterator[Permute]:
     yield Permute(1100, 8, 1500, 5, routing="skips")  # more experts than are counted at once
     yield Permute(3000, 4, 33, 7, routing="skewed", alignment=2)
     yield Permute(300, 9000, 16, 2, x="f32", alignment=16)  # past the caches
+    yield from _permute_cast()
+
+
+def _permute_cast() -> Iterator[Permute]:
+    for tokens, hidden, experts, topk in (
+        (0, 64, 4, 2),
+        (1, 1, 1, 1),
+        (1, 7168, 256, 8),
+        (5, 0, 4, 2),
+        (5, 64, 4, 0),
+        (37, 129, 3, 3),
+        (9, 70, 513, 32),
+    ):
+        for alignment in (1, 16):
+            yield Permute(tokens, hidden, experts, topk, format="e4m3fn", alignment=alignment)
+    for x in FLOATS:
+        for format in DTYPES:
+            for layout in ("rows", "aligned"):
+                yield Permute(
+                    21, 304, 7, 3, x=x, format=format, round_scale_up=format == "e5m2", mapped=x == "f16", alignment=8,
+                    layout=layout, layout_out=layout, layout_scale="padded",
+                )  # fmt: skip
+    for routing_ in ("skewed", "one", "skips", "nothing"):
+        yield Permute(33, 200, 6, 4, routing=routing_, format="e4m3fn", alignment=4, index="i64", mapped=True)
+        yield Permute(33, 200, 6, 4, routing=routing_, format="e4m3fnuz", layout_scale="columns", spare=3)
+    for layout in ("padded", "columns", "every_other", "expanded"):
+        yield Permute(12, 300, 5, 2, format="e4m3fn", layout=layout, layout_out="padded", alignment=4)
+    for values in ("nan and inf", "huge", "zeros", "signed zeros", "below smallest amax"):
+        for format in DTYPES:
+            yield Permute(9, 300, 5, 2, x="f32", format=format, values=values)
+        yield Permute(
+            9, 304, 5, 2, format="e4m3fn", round_scale_up=True, values=values, layout="aligned", layout_out="aligned"
+        )
+    yield Permute(5, 4500, 4, 2, format="e4m3fn", values="outliers")  # wider than what is cast at a time
+    yield Permute(600, 9000, 16, 2, format="e5m2", alignment=16)  # past the caches
 
 
 def _unpermute() -> Iterator[Unpermute]:

@@ -152,10 +152,10 @@ def _gate() -> Iterator[tuple[Any, ...]]:
 def _permute() -> Iterator[tuple[Any, ...]]:
     """5, 1, 9, 1 and 5 slots for the experts: with an alignment of 4 they take all rows that any 21 slots can."""
     ids = torch.tensor([0, 2, 4] * 5 + [2, 1, 2, 3, 2, 2]).view(7, 3)
-    for x in ("bf16", "e4m3fn"):
+    for x, format in (("bf16", None), ("bf16", "e4m3fn"), ("e4m3fn", None)):
         (rows, *_), _ = routing_cases.permute_operands(routing_cases.Permute(7, 300, 5, 3, x=x))
         for alignment in (1, 4):
-            yield rows, ids, 5, {"alignment": alignment}
+            yield rows, ids, 5, {"alignment": alignment, "format": format}
 
 
 def _unpermute() -> Iterator[tuple[Any, ...]]:
