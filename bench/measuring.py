@@ -15,6 +15,7 @@ from peers import choose
 from peers.grouped import GROUPED_PEERS
 from peers.linear import PEERS
 from peers.moe import MOE_PEERS
+from peers.routing import ROUTING_PEERS
 from rich.console import Console
 from subjects import engine, grouped, moe, overheads, routing
 from subjects.linears import Bench
@@ -113,7 +114,7 @@ def _model(console: Console, wanted: Wanted) -> Found:
 
 
 def _routing(console: Console, wanted: Wanted) -> Found:
-    chosen, absent = _peers(wanted.peers or "torch", routing.ROUTING_PEERS)
+    chosen, absent = _peers(wanted.peers or "torch", ROUTING_PEERS)
     tokens = wanted.rows(routing.QUICK_TOKENS, routing.TOKENS)
     names = wanted.names(MOE_LAYERS, list(LAYERS))
     rows, notes = routing.run(

@@ -11,11 +11,11 @@ from typing import Any
 from peers.grouped import GROUPED_PEERS
 from peers.linear import PEERS
 from peers.moe import MOE_PEERS
+from peers.routing import ROUTING_PEERS
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
-from subjects.routing import ROUTING_PEERS
 from timing.compete import Row
 from timing.machine import headline
 from timing.measure import NOISY, Samples
