@@ -2,7 +2,7 @@
 #
 #   make bench      a table of speeds beside this machine's limits
 #   make bench-ci   the same in three minutes, as ratios beside the last release's: reported, never a failure
-#   make test       the whole test suite
+#   make test       the whole test suite; with MOEKERN_ALL_CASES=1 every case also where kernels run slowly, as in qemu
 #   make lint       formatting, linting, types
 #   make engines    its tests of engines, with the oldest releases of them that moekern claims
 #   make interpreted  every case of the Triton kernels in Triton's interpreter

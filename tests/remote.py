@@ -328,5 +328,12 @@ def _executor(op: Op, where: Runner, kernel: Kernel) -> Executor:
         return kernel.refuses(*op.prepare(*args, **kwargs))
 
     return Executor(
-        op, f"{where.device.arch}:{kernel.name}", run, kernel.lacks(where.device), refuses, asks=False, threads=(1, 3)
+        op,
+        f"{where.device.arch}:{kernel.name}",
+        run,
+        kernel.lacks(where.device),
+        refuses,
+        asks=False,
+        threads=(1, 3),
+        every=3 if LAUNCHERS[where.device.arch] else 1,
     )
