@@ -21,7 +21,8 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp'
   -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake' -o -name CMakeLists.txt)
 cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-unsanitized := triton machine_code launch warmup tuning on_device device_operands bench_model bench_devices bench_accelerator \
+unsanitized := triton machine_code launch warmup tuning on_device device_operands bench bench_model bench_devices \
+  bench_accelerator command imports expected_kernels \
   $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py)) golden_layouts mutants cuda_build cuda_launch
 
 .PHONY: bench bench-ci test interpreted mutants lint types format engines sanitize
@@ -86,8 +87,8 @@ engines: $(VENV)/installed
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
 # other CPUs run in a process of their own, which is not this build; those in Triton and in PTX are no native code.
-# device_operands counts on faults, which ASan would take for errors. The benchmark's page and model are no native code
-# of ours, and a browser bears no foreign malloc.
+# device_operands counts on faults, which ASan would take for errors. The benchmark and the command call nothing native that
+# others do not, and start many processes; a browser bears no foreign malloc.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \
