@@ -54,6 +54,12 @@ PROGRAMS = {
         {"commit": ("cp.async.bulk.commit_group;", "race: writes .* behind the read of"),
          "wait": ("cp.async.bulk.wait_group.read 0;", "race: writes .* behind the read of")}, {},
     ),
+    "a source that is left": (
+        "setp.ne.u32 %p, %t, 0; @%p bra DONE; st.shared.v4.u32 [%s], {{1, 2, 3, 4}}; fence.proxy.async.shared::cta; "
+        "cp.async.bulk.global.shared::cta.bulk_group [%out], [%s], 16; {commit} {wait} DONE: ret;",
+        {"commit": ("cp.async.bulk.commit_group;", "exits while its bulk copies"),
+         "wait": ("cp.async.bulk.wait_group.read 0;", "exits while its bulk copies")}, {},
+    ),
     "cp.async": (
         "mad.lo.u32 %v, %t, 4, %s; mul.wide.u32 %x, %t, 4; add.u64 %x, %x, %out; "
         "cp.async.ca.shared.global [%v], [%x], 4; {commit} {wait} bar.sync 0; xor.b32 %v, %t, 32; "

@@ -324,6 +324,9 @@ struct Machine {
     --cta.live_warps;
     ++launch.progress;
     if (w.pending) throw Fault("warp " + std::to_string(w.index) + " exits while its wgmma are under way");
+    for (const Warp::Groups& reads : w.bulk_reads)
+      if (!reads.left.empty())
+        throw Fault("warp " + std::to_string(w.index) + " exits while its bulk copies have yet to read shared memory");
     barriers_without(w);
     if (cta.live_warps == 0) {
       check_exit(cta);
