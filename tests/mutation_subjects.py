@@ -13,7 +13,7 @@ from executors import Executor
 from mutation import Problem, Subject
 
 import moekern
-from moekern.testing import cases
+from moekern.testing import cases, grouped_cases
 from moekern.testing.cases import Cast, Gemm
 from moekern.testing.grouped_cases import KGrouped, MGrouped
 from moekern.testing.numerics import check_bound, gemm_oracle
@@ -48,6 +48,20 @@ def _grouped(
     return Problem(case.op, case, test_grouped.test_grouped, name, plan)
 
 
+def _check_mixed_groups(executor: Executor, case: MGrouped) -> None:
+    a, b, layout = grouped_cases.m_grouped_operands(case)
+    powers_a, powers_b, _ = grouped_cases.m_grouped_operands(replace(case, scale="ue8m0"))
+    for call in ((a, powers_b, layout), (powers_a, b, layout)):
+        out = grouped_cases.owned(executor(*call), layout)
+        check_bound(out, grouped_cases.m_grouped_oracle(case.op, *call))
+
+
+def _mixed_groups(
+    counts: tuple[int, ...], n: int, k: int, plan: tuple[int, ...], name: str = "sm_90.hopper"
+) -> Problem:
+    return replace(_grouped(counts, n, k, plan, name), check=_check_mixed_groups)
+
+
 def _dense(rows: int, columns: int, k: int) -> Subject:
     """k: so many steps that each block goes round its ring of stages more than twice."""
     return Subject(
@@ -74,6 +88,7 @@ SUBJECTS = (
         "hopper_grouped_gemm_128x64",
         (
             _grouped((20, 1), 80, 264, (128, 64, 0, 1), scale="ue8m0", out="f16"),
+            _mixed_groups((20, 2), 80, 264, (128, 64, 0, 1)),
             _grouped((20, 3), 80, 1160, (128, 64, 0, 1), values="scales apart", out="f32"),
             _grouped((130, 0, 19, 1), 144, 520, (128, 64, 0, 2), alignment=16, spare=3),
             _grouped((130, 0, 19), 144, 520, (128, 64, 1, 1), capacity=140, out="f32"),
@@ -98,6 +113,7 @@ SUBJECTS = (
         "hopper_grouped_gemm_stream_8",
         (
             _grouped((3, 1), 72, 264, (8, 1), _STREAM, scale="ue8m0", out="f16"),
+            _mixed_groups((4, 1), 72, 264, (8, 1), _STREAM),
             _grouped((5, 1), 72, 1160, (8, 2), _STREAM, values="scales apart", out="f32"),
             _grouped((3, 0, 8, 1), 72, 520, (8, 2), _STREAM, capacity=9, out="f32"),
             _grouped((3, 0, 9), 72, 3208, (8, 1), _STREAM),
@@ -125,6 +141,9 @@ SUBJECTS = (
                 Permute(300, 16, 33, 7, alignment=4),
                 Permute(3000, 4, 33, 7, routing="skewed", alignment=2),
                 Permute(1100, 8, 1500, 5, routing="skips"),
+                # More experts than threads, whose sums are scanned in turns.
+                Permute(40, 4, 300, 3),
+                Permute(20, 4, 150, 3, alignment=2),
             )
         ),
     ),
@@ -166,9 +185,11 @@ SUBJECTS = (
         "cast_128x1_elements",
         tuple(
             Problem(
-                moekern.per_channel_cast_to_fp8, Cast("per_channel_cast_to_fp8", 300, 45, x=x), test_kernels.test_cast
+                moekern.per_channel_cast_to_fp8,
+                Cast("per_channel_cast_to_fp8", 300, 45, x=x, format=format),
+                test_kernels.test_cast,
             )
-            for x in ("f32", "bf16")
+            for x, format in (("f32", "e4m3fn"), ("bf16", "e4m3fnuz"), ("f16", "e5m2"))
         ),
     ),
     Subject(
