@@ -92,6 +92,7 @@ SUBJECTS = (
             _grouped((20, 3), 80, 1160, (128, 64, 0, 1), values="scales apart", out="f32"),
             _grouped((130, 0, 19, 1), 144, 520, (128, 64, 0, 2), alignment=16, spare=3),
             _grouped((130, 0, 19), 144, 520, (128, 64, 1, 1), capacity=140, out="f32"),
+            _grouped((200,), 80, 520, (128, 64, 2, 1)),
         ),
         maps=3,
     ),
