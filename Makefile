@@ -88,7 +88,7 @@ engines: $(VENV)/installed
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
 # other CPUs run in a process of their own, which is not this build; those in Triton and in PTX are no native code.
 # device_operands counts on faults, which ASan would take for errors. The benchmark and the command call nothing native that
-# others do not, and start many processes; a browser bears no foreign malloc.
+# others do not, and start many processes; a browser bears no foreign malloc. Of three cases one is taken.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \
@@ -97,6 +97,6 @@ sanitize: $(VENV)/installed
 	  -C build-dir=build/sanitize/cmake -C cmake.define.MOEKERN_SANITIZE=ON -C install.strip=false \
 	  -C cmake.define.MOEKERN_CUDA=OFF -C cmake.define.MOEKERN_EMULATOR=OFF
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_WAIT_POLICY=passive MOEKERN_EVERY=3 \
 	  build/sanitize/venv/bin/python -m pytest -n 2 --dist worksteal --capture=sys -m "not slow" -k "not aarch64 and not emulated and not remote" \
 	  $(unsanitized:%=--ignore tests/test_%.py) $(PYTEST)
