@@ -43,7 +43,7 @@ test: $(VENV)/installed
 interpreted: $(VENV)/installed
 	MOEKERN_ALL_CASES=1 $(python) -m pytest -n 2 tests/test_triton.py $(PYTEST)
 
-# Kernels for Hopper with one instruction wrong: about an hour.
+# Kernels for Hopper with one instruction wrong: about ten minutes.
 mutants: $(VENV)/installed
 	$(python) tests/mutation.py
 

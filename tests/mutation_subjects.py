@@ -70,7 +70,7 @@ def _dense(rows: int, columns: int, k: int) -> Subject:
         (
             _gemm(40, columns + 16, 264, (rows, columns, 0, 1), scale="ue8m0", out="f16"),
             _mixed(44, columns + 16, 264, (rows, columns, 0, 1)),
-            _gemm(60, columns + 16, 1160, (rows, columns, 0, 1), values="scales apart", out="f32"),
+            _gemm(rows - 4, columns + 16, 520, (rows, columns, 0, 1), values="scales apart", out="f32"),
             _gemm(rows + 12, columns + 16, 264, (rows, columns, 0, 1), bias="f32", c="f32", out="f32"),
             _gemm(rows + 22, columns + 16, k, (rows, columns, 0, 1)),
             _gemm(rows + 24, 2 * columns + 16, k, (rows, columns, 1, 2), out="f32"),
