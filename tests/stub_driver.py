@@ -1,4 +1,4 @@
-"""A CUDA driver that does nothing (bench/stub_driver.c), to see what the host code asks of one."""
+"""A CUDA driver that does nothing (bench/subjects/stub_driver.c), to see what the host code asks of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from moekern import _C
 
-SOURCE = Path(__file__).parents[1] / "bench" / "stub_driver.c"
+SOURCE = Path(__file__).parents[1] / "bench" / "subjects" / "stub_driver.c"
 
 
 class Launch(ctypes.Structure):

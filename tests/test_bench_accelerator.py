@@ -168,3 +168,10 @@ def test_a_known_device_that_is_here_is_this(tmp_path: Path, monkeypatch: pytest
     result: dict[str, Any] = {"notes": []}
     commands.compare(Console(file=io.StringIO()), result, "h800,mi300x", str(suite), (1, 5), True)
     assert [bool(entry.measured) for entry in result["entries"]] == [True, False] * 2
+
+
+def test_a_launch_up_to_a_driver_that_does_nothing() -> None:
+    if "cuda" not in moekern._C.native:
+        pytest.skip("_C is built without kernels for CUDA (MOEKERN_CUDA)")
+    found = module("subjects.overheads").native_launch_overhead()
+    assert len(found) == 2 and all(samples.seconds for samples in found.values())
