@@ -286,13 +286,13 @@ def _gate() -> Iterator[Gate]:
     yield Gate(3, 8, 8, scoring="sigmoid", bias="f32", values="infinite bias")  # those switched off come last
 
 
+# tokens, hidden, experts, topk: none of something, or one token.
+_SMALLEST = ((0, 64, 4, 2), (1, 1, 1, 1), (1, 7168, 256, 8), (5, 0, 4, 2), (5, 64, 4, 0))
+
+
 def _permute() -> Iterator[Permute]:
     for tokens, hidden, experts, topk in (
-        (0, 64, 4, 2),
-        (1, 1, 1, 1),
-        (1, 7168, 256, 8),
-        (5, 0, 4, 2),
-        (5, 64, 4, 0),
+        *_SMALLEST,
         (37, 33, 3, 3),
         (64, 129, 160, 6),
         (9, 70, 513, 32),
@@ -336,11 +336,7 @@ def _permute() -> Iterator[Permute]:
 
 def _permute_cast() -> Iterator[Permute]:
     for tokens, hidden, experts, topk in (
-        (0, 64, 4, 2),
-        (1, 1, 1, 1),
-        (1, 7168, 256, 8),
-        (5, 0, 4, 2),
-        (5, 64, 4, 0),
+        *_SMALLEST,
         (37, 129, 3, 3),
         (9, 70, 513, 32),
     ):
