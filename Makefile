@@ -22,7 +22,8 @@ native := CMakeLists.txt pyproject.toml $(shell find csrc backends -name '*.cpp'
 cxx := $(shell find csrc backends tests bench -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 unsanitized := triton machine_code launch warmup tuning on_device device_operands bench bench_model bench_devices \
-  bench_accelerator command imports expected_kernels \
+  bench_accelerator command imports dispatcher isa_leak expected_kernels checkpoint moe_models \
+  compile grouped_compile experts_compile routing_compile \
   $(patsubst tests/test_%.py,%,$(wildcard tests/test_hopper_*.py tests/test_emulat*.py)) golden_layouts mutants cuda_build cuda_launch
 
 .PHONY: bench bench-ci test interpreted mutants lint types format engines sanitize
@@ -81,14 +82,15 @@ engines: $(VENV)/installed
 	echo "import site; site.addsitedir('$$($(python) -c 'import site; print(site.getsitepackages()[0])')')" > \
 	  $$(build/engines/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth
 	$(python) -m pip --python build/engines/bin/python install -q transformers==5.20.2
-	build/engines/bin/python -m pytest tests/test_transformers.py
+	OMP_WAIT_POLICY=passive build/engines/bin/python -m pytest -n 2 --dist worksteal tests/test_transformers.py
 
 # A second environment that sees the packages of VENV but not its editable moekern. ASan has to be the
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
 # other CPUs run in a process of their own, which is not this build; those in Triton and in PTX are no native code.
-# device_operands counts on faults, which ASan would take for errors. The benchmark and the command call nothing native that
-# others do not, and start many processes; a browser bears no foreign malloc. Of three cases one is taken.
+# device_operands counts on faults, which ASan would take for errors. The benchmark, the command, checkpoints and
+# torch.compile call nothing native that others do not, and start many processes or take long; a browser bears no foreign
+# malloc. Of three cases one is taken.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \

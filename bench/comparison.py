@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import published
-from devices import THIS, Device, known
+from devices import THIS, Device, at_moment, known
 from model import constants
 from model.gemm import Prediction, Product
 from model.products import predict
@@ -92,19 +92,25 @@ def entries(
             for device in chosen:
                 assert device is not None
                 here = at.get((linear.n, linear.k, m)) if device is this or device.name == model else None
-                isa = here.isa if here else "avx2"
                 found.append(
                     Entry(
                         linear=linear,
                         m=m,
                         device=device,
                         dtype=device.eight_bit,
-                        predicted=predict(device, Product((m,), linear.n, linear.k), isa=isa),
+                        predicted=_predicted(device, Product((m,), linear.n, linear.k), here),
                         published=published.nearest(device.name, m, linear.n, linear.k),
                         measured=here,
                     )
                 )
     return found
+
+
+def _predicted(device: Device, product: Product, here: Row | None) -> Prediction:
+    """A CPU that neighbours share is predicted from the limits that took turns with what is measured."""
+    if here is None or device.family != "cpu":
+        return predict(device, product)
+    return predict(at_moment(device, here.limits["multiply_add"], here.limits["read"]), product, isa=here.isa)
 
 
 def _rate(flops: float, seconds: float) -> str:

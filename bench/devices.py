@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,3 +99,12 @@ def measured(title: str, arch: str, operations: float, bandwidth: float, memory:
 
     peak = {"fp8": here(operations), "bf16": here(operations)}
     return Device(THIS, title, arch, "cpu", peak, here(bandwidth), here(memory), None, here(cores), None, {})
+
+
+def at_moment(device: Device, operations: float, bandwidth: float) -> Device:
+    """The CPU in hand in a moment when these were its limits."""
+    return replace(
+        device,
+        peak={dtype: replace(figure, value=operations) for dtype, figure in device.peak.items()},
+        bandwidth=replace(device.bandwidth, value=bandwidth),
+    )

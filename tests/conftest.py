@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import defaultdict
 from typing import Any
 
 import emulated
@@ -35,18 +36,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if on_device.is_here(executor):
             item.add_marker(pytest.mark.gpu)
     if not os.environ.get("MOEKERN_ALL_CASES"):
-        config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
-        items[:] = [item for item in items if not left_out(item)]
+        left_out = thinned(items)
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
-def left_out(item: pytest.Item) -> bool:
-    """Of a slow executor's cases, or of all where MOEKERN_EVERY says that all are slow. Kernels take different ones."""
-    asked = item.callspec.params if hasattr(item, "callspec") else {}
-    executor, case = asked.get("executor"), asked.get("case")
-    if executor is None or case is None:
-        return False
-    every = max(executor.every, int(os.environ.get("MOEKERN_EVERY", 1)))
-    return zlib.crc32(f"{executor} {case}".encode()) % every != 0
+def thinned(items: list[pytest.Item]) -> dict[pytest.Item, None]:
+    """Cases that are left out: a slow executor's, or all executors' where MOEKERN_EVERY says that all are slow. Of a
+    list of cases each executor takes others, and at least one."""
+    least = int(os.environ.get("MOEKERN_EVERY", 1))
+    lists = defaultdict(list)
+    for item in items:
+        asked = item.callspec.params if hasattr(item, "callspec") else {}
+        executor, case = asked.get("executor"), asked.get("case")
+        if executor is not None and case is not None:
+            lists[item.function, str(executor), max(executor.every(case), least)].append(item)
+    left_out = {}
+    for (_, executor, every), cases in lists.items():
+        every = min(every, len(cases))
+        first = zlib.crc32(executor.encode()) % every
+        left_out |= {item: None for number, item in enumerate(cases) if number % every != first}
+    return left_out
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
@@ -27,15 +26,12 @@ def executor_of(op: Op) -> Executor:
     return executor
 
 
-def problems(lists: Iterable[tuple[Op, Iterable[Any], Check, int]]) -> list[Any]:
-    """Of lists of (op, cases, check, every how many cases are taken): all with aligned rows, which take other kernels,
-    and all of them if MOEKERN_ALL_CASES asks for it."""
+def problems(lists: Iterable[tuple[Op, Iterable[Any], Check]]) -> list[Any]:
     return [
-        pytest.param(executor_of(op), check, case, id=f"{op.name}-{case}")
-        for op, found, check, every in lists
-        if not emulated.absent()
-        for number, case in enumerate(found)
-        if number % every == every // 2 or case.layout == "aligned" or os.environ.get("MOEKERN_ALL_CASES")
+        pytest.param(executor, check, case, id=f"{executor}-{case}")
+        for op, found, check in lists
+        for executor in emulated.executors(op)
+        for case in found
     ]
 
 

@@ -28,6 +28,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 BACKENDS = {"sm_80": "cuda", "sm_90": "cuda", "gfx942": "rocm"}  # decoding, native, and native in another format
+# Of so many cases of an op one is taken, on sm_90; of targets that differ only in how operands come to the matrix
+# instruction, a ninth of these.
+_EVERY = {
+    "fp8_gemm_nt": 5, "m_grouped_fp8_gemm_nt_contiguous": 10, "m_grouped_fp8_gemm_nt_masked": 10,
+    "k_grouped_fp8_gemm_tn_contiguous": 5, "fused_experts": 22, "moe_gate": 7, "moe_permute": 5, "moe_unpermute": 5,
+}  # fmt: skip
+_OTHER_OPS, _OTHER_TARGETS = 4, 9
 _PROCESSORS = 5  # few programs, so that each has several tiles
 
 
@@ -67,7 +74,8 @@ def _executor(op: Op, kernel: Any) -> Executor:
     def refuses(*args: Any, **kwargs: Any) -> str | None:
         return kernel.refuses(*op.prepare(*args, **kwargs))
 
-    return Executor(op, kernel.name, run, absent(), refuses)
+    every = _EVERY.get(op.name, _OTHER_OPS) * (1 if kernel.name.startswith("sm_90") else _OTHER_TARGETS)
+    return Executor(op, kernel.name, run, absent(), refuses, every=lambda case: every)
 
 
 _empty = torch.empty

@@ -327,6 +327,7 @@ def _executor(op: Op, where: Runner, kernel: Kernel) -> Executor:
     def refuses(*args: Any, **kwargs: Any) -> str | None:
         return kernel.refuses(*op.prepare(*args, **kwargs))
 
+    every = 4 if LAUNCHERS[where.device.arch] else 1
     return Executor(
         op,
         f"{where.device.arch}:{kernel.name}",
@@ -335,5 +336,5 @@ def _executor(op: Op, where: Runner, kernel: Kernel) -> Executor:
         refuses,
         asks=False,
         threads=(1, 3),
-        every=3 if LAUNCHERS[where.device.arch] else 1,
+        every=lambda case: every,
     )

@@ -135,10 +135,10 @@ LARGE = 4 << 20  # bytes of an output from which on it is written past the cache
     moekern.per_channel_cast_to_fp8,
     moekern.silu_mul_cast_to_fp8,
 )
-@pytest.mark.parametrize(("cols", "offset"), [(1024, 0), (1024, 1), (1000, 0)])
-def test_a_large_cast_is_its_parts(executor: executors.Executor, cols: int, offset: int) -> None:
+@pytest.mark.parametrize("case", [(1024, 0), (1024, 1), (1000, 0)], ids=str)
+def test_a_large_cast_is_its_parts(executor: executors.Executor, case: tuple[int, int]) -> None:
     """Rows that begin cache lines or do not, and fill them or do not: the bits of small casts."""
-    stride = 1024
+    (cols, offset), stride = case, 1024
     rows = LARGE // cols + 256
     g = torch.Generator().manual_seed(0)
     x = torch.randn(rows, cols * (2 if executor.op is moekern.silu_mul_cast_to_fp8 else 1), generator=g).bfloat16()

@@ -175,9 +175,11 @@ def test_forms_give_the_same_bits(executor: executors.Executor) -> None:
 
 
 @executors.of(fused_experts)
-@pytest.mark.parametrize("tokens", [3, 50])
-def test_any_number_of_threads(executor: executors.Executor, tokens: int) -> None:
-    p = expert_cases.operands(Experts(tokens, 420, 260, 7, 3, routing="skewed", shared=1, quantize=True))
+@pytest.mark.parametrize(
+    "case", [Experts(tokens, 420, 260, 7, 3, routing="skewed", shared=1, quantize=True) for tokens in (3, 50)], ids=str
+)
+def test_any_number_of_threads(executor: executors.Executor, case: Experts) -> None:
+    p = expert_cases.operands(case)
     results = []
     for threads in executor.threads:
         with moekern.use(num_threads=threads):

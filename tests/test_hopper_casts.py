@@ -14,7 +14,7 @@ import moekern
 from moekern.scaled import DTYPES
 from moekern.testing import cases
 
-LISTS = [(op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast, 4) for op in test_kernels.CASTS]
+LISTS = [(op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast) for op in test_kernels.CASTS]
 
 
 @pytest.mark.parametrize(("executor", "check", "case"), hopper_cases.problems(LISTS))

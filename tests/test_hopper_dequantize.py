@@ -19,7 +19,7 @@ _BYTES = {"f32": 4, "f16": 8, "bf16": 8}  # of codes that become 16 bytes of the
 
 @pytest.mark.parametrize(
     ("executor", "check", "case"),
-    hopper_cases.problems([(moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize, 1)]),
+    hopper_cases.problems([(moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize)]),
 )
 def test_dequantize(executor: Executor, check: hopper_cases.Check, case: Any) -> None:
     check(executor, case)

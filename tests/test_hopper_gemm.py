@@ -5,7 +5,6 @@ The cases' operands are badly aligned, which the TMA unit does not take. So are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ import test_grouped
 import test_kernels
 import torch
 from executors import Executor
-from hopper_cases import emulation
+from hopper_cases import Check, emulation, problems
 
 import moekern
 from moekern.backends.cuda import hopper
@@ -25,7 +24,6 @@ from moekern.op import Op
 from moekern.testing import cases, grouped_cases
 from moekern.testing.numerics import check_exact
 
-EVERY = 1 if os.environ.get("MOEKERN_ALL_CASES") else 4
 M_GROUPED = (moekern.m_grouped_fp8_gemm_nt_contiguous, moekern.m_grouped_fp8_gemm_nt_masked)
 K_GROUPED = moekern.k_grouped_fp8_gemm_tn_contiguous
 
@@ -79,15 +77,11 @@ def k_groups() -> Iterator[grouped_cases.KGrouped]:
             )
 
 
-def problems() -> Iterator[Any]:
-    lists: list[tuple[Op, list[Any], Any]] = [(moekern.fp8_gemm_nt, list(gemms()), test_kernels.test_gemm)]
-    for op in M_GROUPED:
-        lists.append((op, [case for case in m_groups() if case.op is op], test_grouped.test_grouped))
-    lists.append((K_GROUPED, list(k_groups()), test_grouped.test_grouped))
-    for op, found, check in lists:
-        for number, executor in enumerate(emulated.executors(op)):
-            for case in found[number % EVERY :: EVERY]:
-                yield pytest.param(executor, check, case, id=f"{executor}-{case}")
+LISTS: list[tuple[Op, list[Any], Check]] = [
+    (moekern.fp8_gemm_nt, list(gemms()), test_kernels.test_gemm),
+    *((op, [case for case in m_groups() if case.op is op], test_grouped.test_grouped) for op in M_GROUPED),
+    (K_GROUPED, list(k_groups()), test_grouped.test_grouped),
+]
 
 
 # ---- every kernel, whatever the model chooses
@@ -127,7 +121,7 @@ def test_every_tile(rows: int, columns: int, shared: int) -> None:
 
 
 @emulation
-@pytest.mark.parametrize(("rows", "columns", "shared"), TILES[:: 3 if EVERY > 1 else 1])
+@pytest.mark.parametrize(("rows", "columns", "shared"), TILES)
 def test_every_tile_of_groups(rows: int, columns: int, shared: int) -> None:
     n, k = columns + 72, 411 + 3 * hopper.TILES.index((rows, columns)) + shared
     case = grouped_cases.MGrouped(
@@ -165,6 +159,6 @@ def test_a_row_has_the_same_bits_among_any_others() -> None:
 # ---- the specs' cases
 
 
-@pytest.mark.parametrize(("executor", "check", "case"), list(problems()))
+@pytest.mark.parametrize(("executor", "check", "case"), problems(LISTS))
 def test_emulated(executor: Executor, check: Any, case: Any) -> None:
     check(executor, case)

@@ -7,7 +7,7 @@ import random
 import emulated
 import pytest
 
-EACH = 1  # of every kernel
+EACH = 4  # of every kernel
 
 
 @pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent()))

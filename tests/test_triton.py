@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -27,34 +26,29 @@ from moekern.testing.numerics import check_bound, check_rms, gemm_oracle
 
 Check = Callable[[Executor, Any], None]
 
-# What an op's kernels compute, and every how many cases of its list are taken unless MOEKERN_ALL_CASES asks for all.
-LISTS: list[tuple[Op, list[Any], Check, int]] = [
-    (moekern.fp8_gemm_nt, cases.GEMM, test_kernels.test_gemm, 5),
+LISTS: list[tuple[Op, list[Any], Check]] = [
+    (moekern.fp8_gemm_nt, cases.GEMM, test_kernels.test_gemm),
     *(
-        (op, [case for case in found if case.op is op], test_grouped.test_grouped, every)
-        for op, found, every in (
-            (moekern.m_grouped_fp8_gemm_nt_contiguous, grouped_cases.M_GROUPED, 10),
-            (moekern.m_grouped_fp8_gemm_nt_masked, grouped_cases.M_GROUPED, 10),
-            (moekern.k_grouped_fp8_gemm_tn_contiguous, grouped_cases.K_GROUPED, 5),
+        (op, [case for case in found if case.op is op], test_grouped.test_grouped)
+        for op, found in (
+            (moekern.m_grouped_fp8_gemm_nt_contiguous, grouped_cases.M_GROUPED),
+            (moekern.m_grouped_fp8_gemm_nt_masked, grouped_cases.M_GROUPED),
+            (moekern.k_grouped_fp8_gemm_tn_contiguous, grouped_cases.K_GROUPED),
         )
     ),
-    (moekern.fused_experts, expert_cases.EXPERTS, test_experts.test_experts, 22),
-    *((op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast, 4) for op in test_kernels.CASTS),
-    (moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize, 4),
-    (moekern.moe_gate, routing_cases.GATE, test_gate.test_gate, 7),
-    (moekern.moe_permute, routing_cases.PERMUTE, test_permute.test_permute, 5),
-    (moekern.moe_unpermute, routing_cases.UNPERMUTE, test_permute.test_unpermute, 5),
+    (moekern.fused_experts, expert_cases.EXPERTS, test_experts.test_experts),
+    *((op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast) for op in test_kernels.CASTS),
+    (moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize),
+    (moekern.moe_gate, routing_cases.GATE, test_gate.test_gate),
+    (moekern.moe_permute, routing_cases.PERMUTE, test_permute.test_permute),
+    (moekern.moe_unpermute, routing_cases.UNPERMUTE, test_permute.test_unpermute),
 ]
-ELSEWHERE = 9  # times fewer for targets that differ only in how operands come to the matrix instruction
 
 
 def problems() -> Iterator[Any]:
-    for op, found, check, every in LISTS:
+    for op, found, check in LISTS:
         for executor in interpreted.executors(op):
-            step = every if executor.name.startswith("sm_90") else every * ELSEWHERE
-            if os.environ.get("MOEKERN_ALL_CASES"):
-                step = 1
-            for case in found[step // 2 :: step]:
+            for case in found:
                 yield pytest.param(executor, check, case, id=f"{executor}-{case}")
 
 
