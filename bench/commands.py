@@ -99,7 +99,8 @@ def _limits(rows: list[Row]) -> tuple[float, float]:
 def cpu(rows: list[Row]) -> Device:
     facts = machine.describe()["identity"]
     memory = machine.memory_budget() * 2
-    return devices.measured(facts["cpu"], facts["arch"], *_limits(rows), memory, facts["cores"])
+    core = f"{facts['arch']} {facts['family_model']}"
+    return devices.measured(facts["cpu"], core, *_limits(rows), memory, facts["cores"])
 
 
 def beside(result: dict[str, Any], suite: str) -> None:

@@ -110,7 +110,7 @@ def _predicted(device: Device, product: Product, here: Row | None) -> Prediction
     """A CPU that neighbours share is predicted from the limits that took turns with what is measured."""
     if here is None or device.family != "cpu":
         return predict(device, product)
-    return predict(at_moment(device, here.limits["multiply_add"], here.limits["read"]), product, isa=here.isa)
+    return predict(at_moment(device, here.limits["multiply_add"], here.limits["read"]), product)
 
 
 def _rate(flops: float, seconds: float) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 
 import published
 from devices import known
-from model import fit
+from model import cpu, fit
 from model.fit import Error
 from model.layers import DEEPSEEK_R1, experts_only, forward
 from report import bare_table, duration
@@ -64,9 +64,10 @@ def groups() -> list[Group]:
         for held in (False, True):
             errors = [check.error for check in fit.link_checks(device) if check.held == held]
             found.append(Group(device, "dispatch, combine", held, fit.error(errors)))
-    for held in (False, True):
-        errors = [check.error for check in fit.cpu_checks() if check.held == held]
-        found.append(Group("this", "products, AVX2 (Zen 4)", held, fit.error(errors)))
+    for core, name in cpu.CORES.items():
+        for held in (False, True):
+            errors = [check.error for check in fit.cpu_checks(core) if check.held == held]
+            found.append(Group("this", f"products, AVX2 ({name})", held, fit.error(errors)))
     return found
 
 

@@ -111,8 +111,9 @@ def test_rows_that_were_held_out_are_predicted() -> None:
     for device, most in (("mi300x", 0.20), ("mi308x", 0.20), ("mi355x", 0.20)):
         error = fit.error(held(fit.checks(device)))
         assert error.rows > 40 and error.mean < most, (device, error)
-    cpu = fit.error(held(fit.cpu_checks()))
-    assert cpu.rows == 24 and cpu.mean < 0.15, cpu
+    for core in module("model.cpu").CORES:
+        error = fit.error(held(fit.cpu_checks(core)))
+        assert error.rows >= 18 and error.mean < 0.15, (core, error)
     for device in fit.LINK_PRIOR:
         error = fit.error(held(fit.link_checks(device)))
         assert error.rows >= 8 and error.mean < 0.15, (device, error)

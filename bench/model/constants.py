@@ -74,7 +74,9 @@ BASIS = {
     ),
 }
 ASCEND = Fitted("assumed", "large products and bandwidth as published for 910B and 910C, the rest as Hopper's")
-CPU = Fitted("fitted", "on AVX2 kernels on a Zen 4; limits are those measured beside each time")
+CPU = Fitted(
+    "fitted", "on AVX2 kernels of Zen 3 and Zen 4, whose constants others borrow; limits measured beside each time"
+)
 
 
 def basis(device: str, family: str) -> Fitted:

@@ -16,6 +16,8 @@ from model.constants import PATH
 from model.gemm import Prediction, Product, overlapped
 
 CALL = 5e-6  # seconds of a call so small that its arithmetic hardly counts
+CORES = {"x86_64 25/17": "Zen 4", "x86_64 25/1": "Zen 3"}  # with constants of their own, by architecture, family/model
+OTHERS = "x86_64 25/17"  # whose constants all others borrow
 
 
 @dataclass(frozen=True)
@@ -29,15 +31,14 @@ class CpuConstants:
 
 
 @cache
-def of_isa(isa: str) -> CpuConstants:
-    """Of an instruction set; AVX2's where none were fitted."""
+def of_core(core: str) -> CpuConstants:
     table = json.loads(PATH.read_text())["cpus"]
-    return CpuConstants(**table.get(isa, table["avx2"]))
+    return CpuConstants(**table.get(core, table[OTHERS]))
 
 
-def predict(device: Device, product: Product, isa: str = "avx2", constant: CpuConstants | None = None) -> Prediction:
+def predict(device: Device, product: Product, constant: CpuConstants | None = None) -> Prediction:
     """fp8_gemm_nt and the grouped products, by the faster kernel of every group."""
-    constant = constant or of_isa(isa)
+    constant = constant or of_core(device.arch)
     peak = device.peak["fp8"].value
 
     def seconds(m: int) -> float:

@@ -213,18 +213,18 @@ class CpuCheck:
         return self.predicted.seconds / self.seconds - 1
 
 
-def cpu_checks(constant: cpu.CpuConstants | None = None) -> list[CpuCheck]:
+def cpu_checks(core: str, constant: cpu.CpuConstants | None = None) -> list[CpuCheck]:
     found = []
-    for row in published.cpus():
-        device = measured("", row.isa, row.multiply_add, row.read, 0.0, 0)
+    for row in (row for row in published.cpus() if row.core == core):
+        device = measured("", row.core, row.multiply_add, row.read, 0.0, 0)
         product = Product((row.m,), row.n, row.k)
         seconds = max(product.flops / row.multiply_add, product.bytes / row.read) / row.share
-        predicted = cpu.predict(device, product, row.isa, constant)
+        predicted = cpu.predict(device, product, constant)
         found.append(CpuCheck(row, seconds, predicted, row.shape in CPU_HELD))
     return found
 
 
-def fit_cpu() -> cpu.CpuConstants:
+def fit_cpu(core: str) -> cpu.CpuConstants:
     import numpy
     from scipy.optimize import least_squares
 
@@ -235,7 +235,7 @@ def fit_cpu() -> cpu.CpuConstants:
         return cpu.CpuConstants(**{name: math.exp(x) for name, x in zip(names, point, strict=True)})
 
     def errors(point: numpy.ndarray) -> list[float]:
-        of_rows = [math.log1p(check.error) for check in cpu_checks(at(point)) if not check.held]
+        of_rows = [math.log1p(check.error) for check in cpu_checks(core, at(point)) if not check.held]
         return [*of_rows, *(PULL * (point - start))]
 
     found = least_squares(errors, start, loss="soft_l1", f_scale=0.1)
@@ -264,7 +264,8 @@ def refit() -> dict[str, dict[str, dict[str, float]]]:
     """What constants.json holds: every family and link, on the rows that are not held out."""
     families = {known()[device].family: fit(fitted_rows(device), prior) for device, prior in PRIOR.items()}
     families["ascend"] = replace(families["hopper"], **ASSUMED)
-    of_cpu = fit_cpu()
+    cpus = {core: fit_cpu(core) for core in cpu.CORES}
+    of_cpu = cpus[cpu.OTHERS]
     # What passes and attention take of it; products have a model of their own.
     families["cpu"] = Constants(cpu.CALL, of_cpu.packed_rate, 0.0, 0.0, 0.0, of_cpu.memory, 1e15, of_cpu.overlap)
     links = {link: one for device in LINK_PRIOR for link, one in fit_links(device).items()}
@@ -272,5 +273,5 @@ def refit() -> dict[str, dict[str, dict[str, float]]]:
     return {
         "families": {name: asdict(one) for name, one in families.items()},
         "links": {name: asdict(one) for name, one in links.items()},
-        "cpus": {"avx2": asdict(of_cpu)},
+        "cpus": {core: asdict(one) for core, one in cpus.items()},
     }

@@ -8,5 +8,5 @@ from model import cpu, gemm
 from model.gemm import Prediction, Product
 
 
-def predict(device: Device, product: Product, dtype: str | None = None, isa: str = "avx2") -> Prediction:
-    return cpu.predict(device, product, isa) if device.family == "cpu" else gemm.predict(device, product, dtype)
+def predict(device: Device, product: Product, dtype: str | None = None) -> Prediction:
+    return cpu.predict(device, product) if device.family == "cpu" else gemm.predict(device, product, dtype)
