@@ -99,17 +99,16 @@ def roofline(entries: list[Entry]) -> Any:
         peak, memory = device.peak[device.eight_bit].value, device.bandwidth.value
         knee = peak / memory
         points = [low, knee, max(high, 2 * knee)]
-        line = axes.plot(points, [min(memory * x, peak) for x in points], color=colours[device.name], linewidth=1.4)
+        line = axes.plot(points, [min(memory * x, peak) for x in points], color=colours[device.name], linewidth=1.4,
+                         label=f"{device.name}, {device.eight_bit}")  # fmt: skip
         line[0].set_gid(f"roof-{device.name}")
-        axes.annotate(f"{device.name}, {device.eight_bit}", (points[-1], peak), ha="right", va="bottom",
-                      color=colours[device.name], fontsize=8, xytext=(0, 2), textcoords="offset points")  # fmt: skip
     for kind in MARK:
         points = [(_intensity(e), e.flops / _seconds(e)[kind]) for e in entries if kind in _seconds(e)]
         if points:
             drawn = axes.plot(*zip(*points, strict=True), MARK[kind], color=INK[kind], alpha=0.8, label=kind,
                               zorder=3 if kind == "measured" else 2, **_style(kind))  # fmt: skip
             drawn[0].set_gid(f"points-{kind}")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 

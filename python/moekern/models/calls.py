@@ -165,6 +165,7 @@ def _experts(model: models.Model, tokens: Sequence[int], activations: Sequence[s
             h = ops.silu_mul_cast_to_fp8.prepare(gated, out=memory.scaled((slots, size), (1, BLOCK)))
             yield Call(ops.silu_mul_cast_to_fp8, f"{slots} x {size}", h)
             yield _cast(x, memory)
+            yield _cast(memory.tensor((slots, hidden), torch.bfloat16), memory)
         y, inverse = memory.tensor((slots, hidden), torch.bfloat16), memory.ids((count, of.top_k), slots, torch.int32)
         back = ops.moe_unpermute.prepare(y, inverse, weights, out=out)
         yield Call(ops.moe_unpermute, f"{count} x {hidden}", back)
