@@ -88,9 +88,9 @@ engines: $(VENV)/installed
 # first library of the process and libstdc++ the next (it wraps __cxa_throw); what Python still holds at
 # exit is no leak; reports go straight to stderr, which pytest would swallow with the process. Kernels of
 # other CPUs run in a process of their own, which is not this build; those in Triton and in PTX are no native code.
-# device_operands counts on faults, which ASan would take for errors. The benchmark, the command, checkpoints and
-# torch.compile call nothing native that others do not, and start many processes or take long; a browser bears no foreign
-# malloc. Of three cases one is taken.
+# device_operands counts on faults, which ASan would take for errors. The benchmark, the command, the dispatcher, imports,
+# whole models, checkpoints and torch.compile call nothing native that others do not, and start many processes or take
+# long; a browser bears no foreign malloc. Of three cases one is taken.
 sanitize: $(VENV)/installed
 	$(python) -m venv --without-pip build/sanitize/venv
 	$(python) -c 'import site; print(site.getsitepackages()[0])' > \

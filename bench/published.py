@@ -77,11 +77,10 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Cpu:
-    """moekern's own kernels on a CPU, as a share of the limit that binds."""
+    """moekern's own AVX2 kernels on a CPU, as a share of the limit that binds."""
 
     source: str
     core: str  # architecture, family/model
-    isa: str
     m: int
     n: int
     k: int
@@ -115,7 +114,7 @@ def _serving(row: dict[str, str]) -> Serving:
 def _cpu(row: dict[str, str]) -> Cpu:
     sizes = [int(row[key]) for key in ("m", "n", "k")]
     rates = float(row["read_gbps"]) * 1e9, float(row["gflops"]) * 1e9
-    return Cpu(row["source"], row["core"], row["isa"], *sizes, *rates, float(row["share"]))  # type: ignore[arg-type]
+    return Cpu(row["source"], row["core"], *sizes, *rates, float(row["share"]))  # type: ignore[arg-type]
 
 
 def _gemm(row: dict[str, str]) -> Gemm:

@@ -25,11 +25,7 @@ TARGET = "sm_90"
 WRITTEN = ("out", "workspace")  # parameters of ops
 _PROCESSORS = 5  # few, so that each has several tiles
 # Of so many cases of an op one is taken; of those with aligned rows, which take other kernels, all.
-_EVERY = {
-    "fp8_gemm_nt": 4, "m_grouped_fp8_gemm_nt_contiguous": 4, "m_grouped_fp8_gemm_nt_masked": 4,
-    "k_grouped_fp8_gemm_tn_contiguous": 4, "per_token_cast_to_fp8": 4, "per_block_cast_to_fp8": 4,
-    "per_channel_cast_to_fp8": 4, "silu_mul_cast_to_fp8": 4, "moe_gate": 4, "moe_permute": 2, "moe_unpermute": 4,
-}  # fmt: skip
+_EVERY, _OTHER_OPS = {"dequantize": 1, "moe_permute": 2}, 4
 _SCHEDULES = ("round_robin", "random", "producer_greedy", "consumer_greedy")
 
 
@@ -64,7 +60,7 @@ def _executor(op: Op, name: str, needs: Any, run: Any, refuses: Any, workspace: 
         return refuses(*op.prepare(*args, **kwargs)) if refuses else None
 
     def every(case: Any) -> int:
-        return 1 if getattr(case, "layout", None) == "aligned" else _EVERY.get(op.name, 1)
+        return 1 if getattr(case, "layout", None) == "aligned" else _EVERY.get(op.name, _OTHER_OPS)
 
     return Executor(op, name.replace("cuda", TARGET), emulated, absent(), why_not, threads=(1, 1), every=every)
 

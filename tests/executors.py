@@ -7,7 +7,7 @@ CPUs (remote.py) and of accelerators (on_device.py).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,19 @@ sources: list[Callable[[Op], list[Executor]]] = [this_machine]
 
 def executors(*ops: Op) -> list[Executor]:
     return [executor for op in ops or OPS for source in sources for executor in source(op)]
+
+
+Check = Callable[[Executor, Any], None]
+
+
+def problems(lists: Iterable[tuple[Op, Iterable[Any], Check]], kernels: Callable[[Op], list[Executor]]) -> list[Any]:
+    """Parameters (executor, check, case) of lists of (op, cases, what checks one), for each of the op's `kernels`."""
+    return [
+        pytest.param(executor, check, case, id=f"{executor}-{case}")
+        for op, found, check in lists
+        for executor in kernels(op)
+        for case in found
+    ]
 
 
 def of(*ops: Op) -> pytest.MarkDecorator:

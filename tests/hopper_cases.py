@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Iterable
 from typing import Any
 from unittest import mock
 
@@ -16,23 +15,12 @@ from executors import Executor
 
 from moekern.op import Op
 
-Check = Callable[[Executor, Any], None]
-
 emulation = pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent()))
 
 
-def executor_of(op: Op) -> Executor:
-    [executor] = [executor for executor in emulated.executors(op) if executor.name == f"{emulated.TARGET}.hopper"]
+def executor_of(op: Op, name: str = "hopper") -> Executor:
+    [executor] = [executor for executor in emulated.executors(op) if executor.name == f"{emulated.TARGET}.{name}"]
     return executor
-
-
-def problems(lists: Iterable[tuple[Op, Iterable[Any], Check]]) -> list[Any]:
-    return [
-        pytest.param(executor, check, case, id=f"{executor}-{case}")
-        for op, found, check in lists
-        for executor in emulated.executors(op)
-        for case in found
-    ]
 
 
 def launched() -> str:

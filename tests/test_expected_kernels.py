@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import executors
@@ -77,3 +78,22 @@ def test_processes_report_to_the_one_that_judges(processes: int) -> None:
         if name != "dequantize=cpu.scalar"
     ] + ["ERROR MOEKERN_EXPECT_KERNELS lists cpu.typo, which no op has"]
     assert done.returncode == pytest.ExitCode.TESTS_FAILED and "failed" not in said[-1]
+
+
+class Item:
+    """A collected test of one executor and case."""
+
+    def __init__(self, every: int, name: str, case: int) -> None:
+        slow = executors.Executor(moekern.dequantize, name, lambda: None, None, lambda: None, every=lambda case: every)
+        self.function = test_what_the_machine_has_must_run
+        self.callspec = SimpleNamespace(params={"executor": slow, "case": case})
+
+
+@pytest.mark.parametrize(("every", "least", "taken"), [(1, 1, 12), (1, 3, 4), (4, 3, 3), (100, 1, 1)])
+def test_some_cases_of_a_slow_executor(every: int, least: int, taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOEKERN_EVERY", str(least))
+    items = [Item(every, name, case) for name in ("cpu.one", "cpu.other") for case in range(12)]
+    left_out = conftest.thinned(items)  # type: ignore[arg-type]
+    for name in ("cpu.one", "cpu.other"):
+        of_it = [item for item in items if item.callspec.params["executor"].name == name]
+        assert len([item for item in of_it if item not in left_out]) == taken

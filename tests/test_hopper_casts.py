@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import emulated
 import hopper_cases
 import hopper_code
 import pytest
 import test_casts
 import test_kernels
-from executors import Executor
-from hopper_cases import Check
+from executors import Check, Executor, problems
 
 import moekern
 from moekern.scaled import DTYPES
@@ -17,7 +17,7 @@ from moekern.testing import cases
 LISTS = [(op, [c for c in cases.CAST if c.op == op.name], test_kernels.test_cast) for op in test_kernels.CASTS]
 
 
-@pytest.mark.parametrize(("executor", "check", "case"), hopper_cases.problems(LISTS))
+@pytest.mark.parametrize(("executor", "check", "case"), problems(LISTS, emulated.executors))
 def test_cases(executor: Executor, check: Check, case: cases.Cast) -> None:
     check(executor, case)
 

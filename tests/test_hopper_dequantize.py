@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import hopper_cases
+import emulated
 import hopper_code
 import pytest
 import test_kernels
-from executors import Executor
+from executors import Check, Executor, problems
 
 import moekern
 from moekern.testing import cases
@@ -19,9 +19,9 @@ _BYTES = {"f32": 4, "f16": 8, "bf16": 8}  # of codes that become 16 bytes of the
 
 @pytest.mark.parametrize(
     ("executor", "check", "case"),
-    hopper_cases.problems([(moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize)]),
+    problems([(moekern.dequantize, cases.DEQUANTIZE, test_kernels.test_dequantize)], emulated.executors),
 )
-def test_dequantize(executor: Executor, check: hopper_cases.Check, case: Any) -> None:
+def test_dequantize(executor: Executor, check: Check, case: Any) -> None:
     check(executor, case)
 
 

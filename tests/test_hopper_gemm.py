@@ -15,8 +15,8 @@ import pytest
 import test_grouped
 import test_kernels
 import torch
-from executors import Executor
-from hopper_cases import Check, emulation, problems
+from executors import Check, Executor, problems
+from hopper_cases import emulation, executor_of
 
 import moekern
 from moekern.backends.cuda import hopper
@@ -94,11 +94,6 @@ def with_plan(name: str, *plan: int) -> Any:
     return mock.patch.object(hopper, name, lambda *shape: plan)
 
 
-def executor_of(op: Op, name: str) -> Executor:
-    [executor] = [found for found in emulated.executors(op) if found.name == f"{emulated.TARGET}.{name}"]
-    return executor
-
-
 @emulation
 @pytest.mark.parametrize(("rows", "columns", "shared"), TILES)
 def test_every_tile(rows: int, columns: int, shared: int) -> None:
@@ -117,7 +112,7 @@ def test_every_tile(rows: int, columns: int, shared: int) -> None:
         values="integers",
     )
     with with_plan("tile_plan", rows, columns, shared, 2):
-        check_exact(*test_kernels.run_gemm(executor_of(moekern.fp8_gemm_nt, "hopper"), case))
+        check_exact(*test_kernels.run_gemm(executor_of(moekern.fp8_gemm_nt), case))
 
 
 @emulation
@@ -128,7 +123,7 @@ def test_every_tile_of_groups(rows: int, columns: int, shared: int) -> None:
         (rows + 3, 0, 65, 1), n, k, "e4m3fn", layout_a="aligned", layout_b="aligned", layout_out="aligned"
     )
     with with_plan("tile_plan", rows, columns, shared, 1):
-        test_grouped.test_grouped(executor_of(case.op, "hopper"), case)
+        test_grouped.test_grouped(executor_of(case.op), case)
 
 
 @emulation
@@ -159,6 +154,6 @@ def test_a_row_has_the_same_bits_among_any_others() -> None:
 # ---- the specs' cases
 
 
-@pytest.mark.parametrize(("executor", "check", "case"), problems(LISTS))
+@pytest.mark.parametrize(("executor", "check", "case"), problems(LISTS, emulated.executors))
 def test_emulated(executor: Executor, check: Any, case: Any) -> None:
     check(executor, case)

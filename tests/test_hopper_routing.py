@@ -6,14 +6,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import emulated
 import hopper_cases
 import hopper_code
 import pytest
 import test_gate
 import test_permute
 import torch
-from executors import Executor
-from hopper_cases import Check, executor_of
+from executors import Check, Executor, problems
+from hopper_cases import executor_of
 
 from moekern import moe_gate, moe_permute, moe_unpermute
 from moekern.op import Op
@@ -40,7 +41,7 @@ PROPERTIES: list[tuple[Op, Callable[[Executor], None]]] = [
 ]
 
 
-@pytest.mark.parametrize(("executor", "check", "case"), hopper_cases.problems(LISTS))
+@pytest.mark.parametrize(("executor", "check", "case"), problems(LISTS, emulated.executors))
 def test_cases(executor: Executor, check: Check, case: Any) -> None:
     check(executor, case)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ import test_grouped
 import test_kernels
 import test_permute
 import torch
-from executors import Executor
+from executors import Check, Executor, problems
 
 import moekern
 from moekern import GroupedLayout, ScaledTensor
@@ -23,8 +22,6 @@ from moekern.backends._triton.tiles import Tiles
 from moekern.op import Op
 from moekern.testing import cases, expert_cases, grouped_cases, routing_cases
 from moekern.testing.numerics import check_bound, check_rms, gemm_oracle
-
-Check = Callable[[Executor, Any], None]
 
 LISTS: list[tuple[Op, list[Any], Check]] = [
     (moekern.fp8_gemm_nt, cases.GEMM, test_kernels.test_gemm),
@@ -45,14 +42,7 @@ LISTS: list[tuple[Op, list[Any], Check]] = [
 ]
 
 
-def problems() -> Iterator[Any]:
-    for op, found, check in LISTS:
-        for executor in interpreted.executors(op):
-            for case in found:
-                yield pytest.param(executor, check, case, id=f"{executor}-{case}")
-
-
-@pytest.mark.parametrize(("executor", "check", "case"), problems())
+@pytest.mark.parametrize(("executor", "check", "case"), problems(LISTS, interpreted.executors))
 def test_interpreted(executor: Executor, check: Check, case: Any) -> None:
     check(executor, case)
 

@@ -215,7 +215,9 @@ class CpuCheck:
 
 def cpu_checks(core: str, constant: cpu.CpuConstants | None = None) -> list[CpuCheck]:
     found = []
-    for row in (row for row in published.cpus() if row.core == core):
+    for row in published.cpus():
+        if row.core != core:
+            continue
         device = measured("", row.core, row.multiply_add, row.read, 0.0, 0)
         product = Product((row.m,), row.n, row.k)
         seconds = max(product.flops / row.multiply_add, product.bytes / row.read) / row.share
